@@ -1,0 +1,62 @@
+"""The errors Taut raises. Each message gives the rule, the value received and the remedy.
+
+    TautError
+    ├── TaskError        a task.py, its data or its loss is not of the form Taut needs
+    ├── TraceError       the network cannot be traced
+    ├── RecipeError      a recipe, a technique or an option is wrong, or refused for a site
+    ├── GoalError        a goal does not parse or contradicts itself
+    ├── TrainingError    the loss is no longer a number
+    ├── FormatError      a .taut file is damaged, hostile or of another model
+    ├── DataError        a data set is not to be had, or is not the one expected
+    └── RunError         a run folder cannot be written or belongs to another run
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TautError(Exception):
+    """Every error that Taut raises on purpose."""
+
+
+class TaskError(TautError):
+    """A task.py, its data or its loss is not of the form Taut needs."""
+
+
+class TraceError(TautError):
+    """The network cannot be traced."""
+
+
+class RecipeError(TautError, ValueError):
+    """A recipe, a technique or an option is wrong, or refused for a site."""
+
+
+class GoalError(TautError, ValueError):
+    """A goal does not parse or contradicts itself."""
+
+
+class TrainingError(TautError):
+    """The loss is no longer a number."""
+
+
+class FormatError(TautError, ValueError):
+    """A .taut file is damaged, hostile or of another model."""
+
+
+class DataError(TautError):
+    """A data set is not to be had, or is not the one expected."""
+
+
+class RunError(TautError):
+    """A run folder cannot be written or belongs to another run."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest choice, else the list of choices.
+
+    >>> did_you_mean("prune_weight", ["prune_weights", "share_values"])
+    "; did you mean 'prune_weights'?"
+    """
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

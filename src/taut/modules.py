@@ -1,0 +1,82 @@
+"""Finding, copying and reading the parameters of a live module, parametrized or not."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter of this dotted name, and its name there."""
+    path, _, parameter = name.rpartition(".")
+    return model.get_submodule(path), parameter
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor:
+    """The tensor of this dotted name as the module uses it now."""
+    module, parameter = owner(model, name)
+    return cast(Tensor, getattr(module, parameter))
+
+
+def parametrization(model: nn.Module, name: str) -> parametrize.ParametrizationList | None:
+    """What computes the parameter of this name; None where it is stored plainly."""
+    module, parameter = owner(model, name)
+    if not parametrize.is_parametrized(module, parameter):
+        return None
+    lists = cast(nn.ModuleDict, module.parametrizations)
+    return cast(parametrize.ParametrizationList, lists[parameter])
+
+
+def parametrized_names(model: nn.Module) -> list[str]:
+    """The dotted names of all parameters that a parametrization computes."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for name in cast(nn.ModuleDict, module.parametrizations)
+    ]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a network's tensors; the CPU for one without any."""
+    first = next(iter((*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    PyTorch's recurrent layers keep the weights that a parametrization computed, which cannot be
+    copied: those are dropped first (the next forward computes them again).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
+            module._flat_weights = [None for _ in module._flat_weights_names]
+            module._flat_weight_refs = [_gone for _ in module._flat_weights_names]
+    return copy.deepcopy(model)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy whose computed parameters are ordinary ones of the same values. Ties are kept."""
+    copied = clone(model)
+    names = parametrized_names(copied)
+    values = {n: tensor_at(copied, n).detach().clone() for n in names}
+    cores = {n: id(found.original) for n in names if (found := parametrization(copied, n))}
+    made: dict[int, nn.Parameter] = {}
+    for name in names:
+        found = parametrization(copied, name)
+        assert found is not None
+        while len(found) > 1:
+            found.pop(-1)
+        found[0] = nn.Identity()
+        found.original = made.setdefault(cores[name], nn.Parameter(values[name]))
+        parametrize.remove_parametrizations(*owner(copied, name), leave_parametrized=False)
+    return copied
+
+
+def _gone() -> None:
+    """Stands for a weak reference whose tensor is gone, so that the layer looks again."""

@@ -1,0 +1,86 @@
+"""Recipes: steps in order, as text and as objects.
+
+    prune_weights(sparsity=0.92) > recover(epochs=8) > share_values(bits=5) > recover(epochs=4)
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from taut.errors import RecipeError, did_you_mean
+from taut.technique import STEPS, Step
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in the order in which they are taken. `str()` gives text that `parse` reads back."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return " > ".join(str(s) for s in self.steps)
+
+    @classmethod
+    def parse(cls, text: str | Recipe | Sequence[Step]) -> Recipe:
+        """Read a recipe's text; recipes and sequences of steps are taken as they are.
+
+        Raises RecipeError for what is no recipe, an unknown step or option (with the nearest
+        known one), and a value out of range.
+        """
+        if isinstance(text, Recipe):
+            return text
+        if not isinstance(text, str):
+            return cls(tuple(text))
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError) as error:
+            raise RecipeError(
+                f"a recipe is steps joined by '>', like 'prune_weights(sparsity=0.9) > "
+                f"recover(epochs=3)', got {text!r} ({error})"
+            ) from error
+        nodes = [tree]
+        if isinstance(tree, ast.Compare) and all(isinstance(o, ast.Gt) for o in tree.ops):
+            nodes = [tree.left, *tree.comparators]
+        return cls(tuple(_step(node, text) for node in nodes))
+
+
+def _step(node: ast.expr, text: str) -> Step:
+    if isinstance(node, ast.Name):
+        node = ast.Call(func=node, args=[], keywords=[])
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
+        raise RecipeError(
+            f"a step is a name with named options, like share_values(bits=5), got "
+            f"{ast.unparse(node)!r} in {text!r}"
+        )
+    name = node.func.id
+    if name not in STEPS:
+        raise RecipeError(f"no technique is named {name!r}{did_you_mean(name, STEPS)}")
+    cls = STEPS[name]
+    known = [f.name for f in cls.options()]
+    options: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg not in known:
+            near = did_you_mean(str(keyword.arg), known)
+            raise RecipeError(f"{name} has no option {keyword.arg!r}{near}")
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            raise RecipeError(
+                f"{name}: {keyword.arg} must be a plain value, got {ast.unparse(keyword.value)!r}"
+            ) from error
+    return cls(**options)
+
+
+def describe_range(rule: Any) -> str:
+    """An option's range in words, for tables: `[0, 1)`, `linear | density`, or nothing."""
+    if rule["choices"]:
+        return " | ".join(rule["choices"])
+    low, high, below = rule["low"], rule["high"], rule["below"]
+    if low is None and high is None and below is None:
+        return ""
+    right = f"{high:g}]" if high is not None else f"{below:g})" if below is not None else "inf)"
+    return f"[{low if low is not None else -math.inf:g}, {right}"

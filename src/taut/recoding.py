@@ -1,0 +1,340 @@
+"""The contract of the recoding techniques: trainable forms, packed weights, and how they chain.
+
+A recoding technique leaves a trainable `Form` on a site: a module that maps a *core* (what is
+trained) to the weight (what the layer uses). The next technique on the same site recodes the core,
+so the chain reads as a decoder,
+
+    weight = mask(shared_values(table))      for  prune_weights > share_values
+
+and packing walks it from the outside in: a sparse weight, whose values are shared values, whose
+table is plain numbers. The chain is one PyTorch parametrization, so the model stays an ordinary
+module that any loop can train.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn.utils import parametrize
+
+from taut.coding import Coder
+from taut.errors import FormatError, RecipeError
+from taut.modules import owner, parametrization, tensor_at
+from taut.technique import Technique
+from taut.types import Cost, Site
+
+if TYPE_CHECKING:
+    from taut.statistics import Statistics
+
+# ---- packed weights -------------------------------------------------------------------------
+
+Meta = dict[str, Any]
+ReadChild = Callable[[str, tuple[int, ...]], "PackedWeight"]
+
+
+class PackedWeight(nn.Module, ABC):
+    """A weight as it is stored and run: integer and float parts, no dense copy.
+
+    The parts are buffers and child PackedWeights, so they move between devices with the module
+    that holds them. shape: the weight's.
+    """
+
+    format: ClassVar[str]
+
+    def __init__(self, shape: Iterable[int]) -> None:
+        super().__init__()
+        self.shape = tuple(int(n) for n in shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def meta(self) -> Meta:
+        """The JSON scalars that `read` needs."""
+        return {}
+
+    @abstractmethod
+    def write(self, coder: Coder) -> None:
+        """Code the parts in order; a child codes itself by `child.write` inside its name."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
+        """Decode what `write` coded, checking every count and range before it is used."""
+
+    def nested(self) -> dict[str, PackedWeight]:
+        """The packed weights inside this one, by part name."""
+        return {n: c for n, c in self.named_children() if isinstance(c, PackedWeight)}
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight: the definition that every kernel and test is held to."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], the weight seen as [out, in] (later dimensions joined)."""
+        return F.linear(x, self.dense().flatten(1))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""
+        return self.dense()[index]
+
+    def count_nonzero(self) -> int:
+        """How many of its numbers are not zero."""
+        return int(self.dense().count_nonzero())
+
+
+FORMATS: dict[str, type[PackedWeight]] = {}
+"""Every packed format, by the name that files use."""
+
+P = TypeVar("P", bound=PackedWeight)
+
+
+def register_format(name: str) -> Callable[[type[P]], type[P]]:
+    """Make a packed weight known to files under a name like `sparse.v1`."""
+    if not re.fullmatch(r"[a-z0-9_]+\.v\d+", name):
+        raise FormatError(f"a format is named like 'sparse.v1', got {name!r}")
+
+    def register(cls: type[P]) -> type[P]:
+        if name in FORMATS:
+            raise FormatError(f"two packed weights use the format name {name!r}; rename one")
+        cls.format = name
+        FORMATS[name] = cls
+        return cls
+
+    return register
+
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+
+
+@register_format("plain.v1")
+class Plain(PackedWeight):
+    """Numbers stored one by one at a declared precision. values: [*shape]."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values.shape)
+        self.register_buffer("values", values.detach().cpu().clone())
+
+    @classmethod
+    def of(cls, values: Tensor, precision: str = "auto") -> Plain:
+        """Floats rounded to `precision`: a name in PRECISIONS, or `auto`.
+
+        auto is float16 where its rounding stays under 2**-10 of the tensor's own root mean square,
+        else float32. Integers are kept as they are.
+        """
+        if not values.is_floating_point():
+            return cls(values.to(torch.int64))
+        if precision == "auto":
+            exact = values.detach().float()
+            error = (exact.to(torch.float16).float() - exact).abs().max() if exact.numel() else 0.0
+            scale = exact.square().mean().sqrt() if exact.numel() else 0.0
+            precision = "float16" if float(error) <= 2.0**-10 * float(scale) else "float32"
+        return cls(values.to(PRECISIONS[precision]))
+
+    @property
+    def precision(self) -> str:
+        return next(n for n, d in PRECISIONS.items() if d is self.values.dtype)
+
+    def meta(self) -> Meta:
+        return {} if self.precision == "float16" else {"as": self.precision}
+
+    def write(self, coder: Coder) -> None:
+        flat = self.values.cpu().flatten()
+        if flat.dtype is torch.int64:
+            coder.integers("values", flat.numpy(), flat.numel())
+        else:
+            raw = flat.view(torch.uint8).numpy()
+            coder.plain("values", raw, flat.element_size(), flat.numel())
+
+    @classmethod
+    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
+        precision = meta.get("as", "float16")
+        if precision not in PRECISIONS:
+            raise FormatError(f"plain.v1 has no precision {precision!r}")
+        dtype, count = PRECISIONS[precision], math.prod(shape)
+        if dtype is torch.int64:
+            return cls(torch.from_numpy(coder.integers("values", None, count)).reshape(shape))
+        raw = np.frombuffer(coder.plain("values", None, dtype.itemsize, count), np.uint8)
+        return cls(torch.from_numpy(raw.copy()).view(dtype).reshape(shape))
+
+    def dense(self) -> Tensor:
+        return self.values.float() if self.values.is_floating_point() else self.values
+
+
+# ---- trainable forms ------------------------------------------------------------------------
+
+Pack = Callable[[Tensor | None], PackedWeight]
+"""Packs the core of a form: all of it (None), or the entries that a bool tensor selects."""
+
+
+class Form(nn.Module, ABC):
+    """A trainable form: `forward` maps a core to the tensor that it stands for."""
+
+    @abstractmethod
+    def forward(self, core: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
+        """The packed weight of all entries of the output, or of those that `keep` selects.
+
+        keep: bool, of the output's shape; the packed weight is then one-dimensional, in row-major
+        order. inner packs the core in the same way.
+        """
+
+    def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
+        """Which entries of the core count, given which of the output do; None for all."""
+        return outer
+
+    def advance(self, core: Tensor, progress: float) -> None:
+        """Follow a schedule: called after each optimizer step with progress in [0, 1]."""
+        return None
+
+
+class Chain(nn.Module):
+    """The forms on one site in the order of the recipe: the last one decodes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms = nn.ModuleList()
+        self.recipe: list[Recoding] = []
+
+    def forward(self, core: Tensor) -> Tensor:
+        for form in reversed(self.forms):
+            core = form(core)
+        return core
+
+    def stages(self, core: Tensor) -> list[tuple[Form, Tensor]]:
+        """Each form with the core that it decodes, outermost first."""
+        found: list[tuple[Form, Tensor]] = []
+        for form in reversed(self.forms):
+            found.insert(0, (cast(Form, form), core))
+            core = form(core)
+        return found
+
+    def matters(self, core: Tensor) -> Tensor | None:
+        """Which entries of the innermost core count."""
+        kept: Tensor | None = None
+        for form, its_core in self.stages(core):
+            kept = form.matters(its_core, kept)
+        return kept
+
+    def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
+        """The packed weight; whatever no form recodes is stored at `precision`."""
+        stages = self.stages(core.detach())
+
+        def at(depth: int, keep: Tensor | None) -> PackedWeight:
+            if depth < len(stages):
+                form, its_core = stages[depth]
+                return form.pack(its_core, keep, lambda k: at(depth + 1, k))
+            plain = core.detach()
+            return Plain.of(plain if keep is None else plain[keep], precision)
+
+        return at(0, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recoding(Technique):
+    """A technique that changes how a weight is written."""
+
+    @abstractmethod
+    def blank(self, core: Tensor) -> tuple[Form, Tensor]:
+        """An unfitted form and core for a core of this shape; a checkpoint fills them in."""
+
+    @abstractmethod
+    def fit(
+        self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
+    ) -> tuple[Form, Tensor]:
+        """The form that suits this core best, and the new core for it to decode.
+
+        matters: bool, which entries of the core count (what a mask kept); None for all.
+        """
+
+    def predict(self, site: Site) -> Cost:
+        return Cost(size_bytes=self.predict_bytes(site.numel), macs=site.macs)
+
+    @abstractmethod
+    def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
+        """Bytes for `count` entries; inner gives those of a later technique on the core."""
+
+    def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> None:
+        """Recode the innermost core of the site.
+
+        Where that was written by this very technique, it is written anew: a stronger mask
+        replaces the weaker one.
+        """
+        with torch.no_grad():
+            links = chain(model, site)
+            if links is not None and links.recipe and links.recipe[-1].name == self.name:
+                form, inner = links.stages(core(model, site))[-1]
+                links.forms.pop(-1)
+                links.recipe.pop()
+                replace_core(model, site, form(inner))
+            matters = links.matters(core(model, site)) if links is not None else None
+            form, new = self.fit(core(model, site).detach(), matters, site, statistics)
+        push(model, site, self, form, new)
+
+
+# ---- sites of a live model ------------------------------------------------------------------
+
+
+def chain(model: nn.Module, site: Site) -> Chain | None:
+    """The chain of forms on a site; None where no technique was applied."""
+    found = parametrization(model, site.name)
+    return found[0] if found is not None and isinstance(found[0], Chain) else None
+
+
+def chains(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[Site, Chain]]:
+    """The sites that carry forms."""
+    for site in sites:
+        links = chain(model, site)
+        if links is not None:
+            yield site, links
+
+
+def core(model: nn.Module, site: Site) -> Tensor:
+    """What is trained at the site: the innermost core, or the weight itself."""
+    found = parametrization(model, site.name)
+    return tensor_at(model, site.name) if found is None else cast(Tensor, found.original)
+
+
+def replace_core(model: nn.Module, site: Site, new: Tensor) -> None:
+    """Give the site a new core, the very same one for every owner of a tied weight."""
+    trained = nn.Parameter(new.detach().clone(), requires_grad=new.is_floating_point())
+    for name in site.names:
+        found = parametrization(model, name)
+        assert found is not None
+        found.original = trained
+
+
+def push(model: nn.Module, site: Site, technique: Recoding, form: Form, new: Tensor) -> None:
+    """Put a form on the site, innermost, decoding the new core."""
+    links = chain(model, site)
+    if links is None:
+        if parametrization(model, site.name) is not None:
+            raise RecipeError(
+                f"{technique.name}: site {site.name!r} already carries another parametrization "
+                "(weight_norm?); remove it first by torch.nn.utils.parametrize"
+            )
+        links = Chain()
+        for name in site.names:
+            parametrize.register_parametrization(*owner(model, name), links, unsafe=True)
+    links.forms.append(form.to(new.device))
+    links.recipe.append(technique)
+    replace_core(model, site, new)
+

@@ -1,0 +1,264 @@
+"""A task: what a network is for. Its data, its loss, its score, an example input."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from taut.errors import TaskError
+from taut.modules import device_of
+from taut.trace import Example
+from taut.types import Direction
+
+Data = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+def top1(output: Tensor, target: Tensor) -> float:
+    """The fraction of examples whose largest output is the target's. output: [n, classes]."""
+    return int((output.argmax(-1) == target).sum()) / target.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch, on the model's device: the arguments of its forward, and the target."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+
+    @property
+    def size(self) -> int:
+        return len(self.target) if hasattr(self.target, "__len__") else 1
+
+
+class Task:
+    """What a network is for.
+
+    train, test: iterables of (input, target), DataLoaders as a rule, or functions that return
+        them. An input is a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+    validation: like test; which epoch was best is read from it. Where it is missing the test data
+        choose, which flatters the score a little; the report says so.
+    loss: (output, target) → scalar tensor. Default: cross-entropy.
+    score: a torchmetrics metric, or a function of all outputs and targets, joined along the first
+        dimension. Default: top-1 accuracy.
+    better: `higher` or `lower`; read off a metric that knows.
+    example: an input without its target, as a batch. Default: two examples of the test data.
+    learning_rate: the rate the network was trained at; recover takes a tenth of it (Han 2015).
+    model: a function that returns the trained network, where the task knows one.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Data,
+        test: Data,
+        validation: Data | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        score: Any = None,
+        better: Direction | None = None,
+        example: Callable[[], Any] | None = None,
+        learning_rate: float = 1e-2,
+        model: Callable[[], nn.Module] | None = None,
+        name: str = "task",
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.loss: Callable[[Any, Any], Tensor] = loss or F.cross_entropy
+        self.is_classification = loss is None
+        self.score = score if score is not None else top1
+        self.learning_rate = learning_rate
+        self._data = {"train": train, "test": test, "validation": validation}
+        self._example = example
+        knows = getattr(self.score, "higher_is_better", None)
+        if better not in (None, "higher", "lower"):
+            raise TaskError(f"better must be 'higher' or 'lower', got {better!r}")
+        self.better: Direction = better or ("lower" if knows is False else "higher")
+
+    @property
+    def chooses_by(self) -> str:
+        """The split by which the best epoch is chosen."""
+        return "test" if self._data["validation"] is None else "validation"
+
+    def batches(self, split: str, device: torch.device | None = None) -> Iterator[Batch]:
+        """The batches of `train`, `test` or `validation`, each checked for its form."""
+        source = self._data[split]
+        data = source() if callable(source) else source
+        if not isinstance(data, Iterable):
+            raise TaskError(
+                f"{split}() must return an iterable of (input, target) batches, got {_word(data)}"
+            )
+        empty = True
+        for item in data:
+            empty = False
+            yield self._batch(item, split, device)
+        if empty:
+            raise TaskError(f"{split}() yields no batch; Taut needs at least one (input, target)")
+
+    @staticmethod
+    def _batch(item: Any, split: str, device: torch.device | None) -> Batch:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            form = f"{_word(item)} of {len(item)}" if hasattr(item, "__len__") else _word(item)
+            raise TaskError(f"{split}() must yield pairs (input, target), got {form}")
+        given, target = item
+        args, kwargs = _arguments(given, split)
+        return Batch(
+            args=tuple(_to(a, device) for a in args),
+            kwargs={k: _to(v, device) for k, v in kwargs.items()},
+            target=_to(target, device),
+        )
+
+    def length(self, split: str) -> int | None:
+        """The number of batches of a split, where its iterable tells."""
+        source = self._data[split]
+        data = source() if callable(source) else source
+        return len(cast(Any, data)) if hasattr(data, "__len__") else None
+
+    def example(self, batch: int = 2) -> Example:
+        """Arguments of one forward with `batch` examples."""
+        if self._example is not None:
+            args, kwargs = _arguments(self._example(), "example")
+        else:
+            first = next(self.batches("test"))
+            args, kwargs = first.args, first.kwargs
+        resize = _Resize(batch, args, kwargs)
+        return tuple(resize(a) for a in args), {k: resize(v) for k, v in kwargs.items()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str = "test") -> float:
+        """The network's score on a split, in eval mode; the mode is put back."""
+        device, was_training = device_of(model), model.training
+        metric = self.score if hasattr(self.score, "compute") else None
+        if metric is not None:
+            metric.reset()
+            metric.to(device)
+        outputs, targets = [], []
+        model.eval()
+        try:
+            for batch in self.batches(split, device):
+                output = model(*batch.args, **batch.kwargs)
+                if metric is not None:
+                    metric.update(output, batch.target)
+                else:
+                    outputs.append(output)
+                    targets.append(batch.target)
+        finally:
+            model.train(was_training)
+        if metric is not None:
+            return float(metric.compute())
+        return float(self.score(torch.cat(outputs), torch.cat(targets)))
+
+    def calibration_loss(self, examples: int = 2048) -> Callable[[nn.Module], float]:
+        """A function that gives a network's mean loss on the same few training batches.
+
+        examples: how many are read at least, in whole batches.
+        """
+        kept: list[Batch] = []
+        for batch in self.batches("train"):
+            kept.append(batch)
+            if sum(b.size for b in kept) >= examples:
+                break
+
+        @torch.no_grad()
+        def loss(model: nn.Module) -> float:
+            device, was_training, total = device_of(model), model.training, 0.0
+            model.eval()
+            for batch in kept:
+                output = model(
+                    *(_to(a, device) for a in batch.args),
+                    **{k: _to(v, device) for k, v in batch.kwargs.items()},
+                )
+                total += float(self.loss(output, _to(batch.target, device))) * batch.size
+            model.train(was_training)
+            return total / sum(b.size for b in kept)
+
+        return loss
+
+
+def load_task(path: str | Path) -> Task:
+    """A task from a Python file with `model()`, `train()` and `test()`.
+
+    The file may also define `validation()`, `loss`, `score`, `better`, `example()` and
+    `learning_rate`. Raises TaskError where it does not import, or lacks one of the three.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"no task file at {path}; name a Python file with model(), train(), test()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TaskError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    for name in ("model", "train", "test"):
+        if not callable(getattr(module, name, None)):
+            raise TaskError(
+                f"{path} lacks a function {name}(); a task needs model(), train() and test()"
+            )
+    optional = ("validation", "loss", "score", "better", "example")
+    given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
+    if hasattr(module, "learning_rate"):
+        given["learning_rate"] = float(module.learning_rate)
+    return Task(
+        train=module.train, test=module.test, model=_checked(module.model, path), **given,
+        name=path.stem if path.stem != "task" else path.resolve().parent.name,
+    )  # fmt: skip
+
+
+def _checked(model: Callable[[], Any], path: Path) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        built = model()
+        if not isinstance(built, nn.Module):
+            raise TaskError(f"{path}: model() must return an nn.Module, got {_word(built)}")
+        return built
+
+    return build
+
+
+def _arguments(given: Any, split: str) -> Example:
+    if isinstance(given, dict):
+        return (), given
+    if isinstance(given, tuple | list):
+        return tuple(given), {}
+    if isinstance(given, Tensor):
+        return (given,), {}
+    raise TaskError(
+        f"{split}(): an input must be a tensor, a tuple or a dict of tensors, got {_word(given)}"
+    )
+
+
+class _Resize:
+    """Repeats or cuts the tensors that share the batch dimension to the wanted batch."""
+
+    def __init__(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.batch = batch
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
+        self.now = tensors[0].shape[0] if tensors else 0
+
+    def __call__(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.dim() and value.shape[0] == self.now):
+            return value
+        times = -(-self.batch // max(self.now, 1))
+        return value.repeat(times, *(1 for _ in value.shape[1:]))[: self.batch]
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    return value.to(device) if device is not None and isinstance(value, Tensor) else value
+
+
+def _word(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,6 @@
+"""The techniques, one file each. Importing this package registers them all."""
+
+from taut.techniques.prune_weights import PruneWeights
+from taut.techniques.share_values import ShareValues
+
+__all__ = ["PruneWeights", "ShareValues"]

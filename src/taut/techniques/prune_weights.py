@@ -1,0 +1,308 @@
+"""Magnitude pruning: the smallest weights are removed, the others are kept and trained on.
+
+    W'[i, j] = W[i, j] · mask[i, j],    mask[i, j] = |W[i, j]| among the site's largest
+
+How many each site keeps follows from a fraction (of each layer, of all layers together, or shared
+out by sensitivity), from one threshold, or from Han's rule, threshold = quality · std(W).
+
+Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks
+(NIPS 2015). Where we differ: the sensitivity rule finds the layers' strengths by itself, as the
+largest whose damage, each layer alone and before recovery, is the same everywhere; positions are
+coded as a bitmap under a learned model of rows and columns instead of gaps of fixed width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from taut.coding import Coder
+from taut.errors import FormatError, RecipeError
+from taut.kernels import sparse_matmul
+from taut.modules import owner, tensor_at
+from taut.recoding import (
+    Form,
+    Meta,
+    Pack,
+    PackedWeight,
+    ReadChild,
+    Recoding,
+    chain,
+    register_format,
+)
+from taut.technique import Technique, option, register_step
+from taut.types import Site
+
+if TYPE_CHECKING:
+    from taut.statistics import Statistics
+    from taut.trace import Feed, Trace
+
+_log = logging.getLogger("taut")
+
+
+@register_step
+@dataclass(frozen=True, kw_only=True)
+class PruneWeights(Recoding):
+    """Remove the smallest weights.
+
+    Applied again to a site, it prunes further; what was removed stays removed. With steps > 1 the
+    mask is tightened in that many equal stages while the network recovers (prune, recover, prune,
+    …): the schedule hangs on the optimizer's steps.
+    """
+
+    sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
+    scope: str = option(
+        "sensitivity",
+        choices=("sensitivity", "layer", "global"),
+        help="what the fraction is of: each layer, all weights ranked together, or all weights "
+        "shared out so that each layer does equal damage",
+    )
+    threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
+    quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
+    steps: int = option(1, low=1, high=100, help="stages in which the mask is tightened")
+    floor: float = option(0.002, low=0, high=1, help="fraction that every site keeps at least")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and self.quality is not None:
+            raise RecipeError(
+                "prune_weights: threshold and quality are two rules for one thing, got "
+                f"threshold={self.threshold} and quality={self.quality}; give one"
+            )
+
+    def localise(
+        self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
+    ) -> dict[str, Technique]:
+        weights = {s.name: tensor_at(model, s.name).detach().abs() for s in sites}
+        if self.threshold is not None or self.quality is not None or self.scope == "layer":
+            sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
+        elif self.scope == "global":
+            every = torch.cat([w.flatten() for w in weights.values()])
+            cut = every.kthvalue(max(1, round(self.sparsity * every.numel()))).values
+            sparsity = {n: float((w <= cut).double().mean()) for n, w in weights.items()}
+        else:
+            sparsity = statistics.equal_damage(sites, self.sparsity)
+        highest = 1 - self.floor
+        return {
+            n: replace(
+                self, sparsity=min(s, highest, 1 - 1 / weights[n].numel()), scope="layer",
+                threshold=None, quality=None,
+            )
+            for n, s in sparsity.items()
+        }  # fmt: skip
+
+    def _kept(self, magnitudes: Tensor) -> int:
+        """How many weights this site keeps, by the rule in force."""
+        if self.threshold is not None:
+            kept = int((magnitudes >= self.threshold).sum())
+        elif self.quality is not None:
+            kept = int((magnitudes >= self.quality * magnitudes.std(correction=0)).sum())
+        else:
+            kept = round((1 - self.sparsity) * magnitudes.numel())
+        least = max(1, round(self.floor * magnitudes.numel()))
+        if kept < least:
+            _log.warning("prune_weights: the floor keeps %d weights where %d were asked for; "
+                         "to remove a whole layer use drop_blocks", least, kept)  # fmt: skip
+        return max(kept, least)
+
+    def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
+        kept = max(1, round((1 - self.sparsity) * count))
+        p = kept / count
+        entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
+        return count * entropy / 8 + (2.0 * kept if inner is None else inner(kept))
+
+    def blank(self, core: Tensor) -> tuple[Form, Tensor]:
+        return Mask(torch.ones_like(core, dtype=torch.bool)), core
+
+    def fit(
+        self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
+    ) -> tuple[Form, Tensor]:
+        if tuple(core.shape) != site.shape:
+            raise RecipeError(
+                f"prune_weights: site {site.name!r} is written in {core.numel()} numbers already, "
+                "not one for each weight; put prune_weights first in the recipe"
+            )
+        if not bool(core.isfinite().all()):
+            raise RecipeError(f"prune_weights: site {site.name!r} holds NaN or infinite weights")
+        magnitudes = core.abs() if matters is None else core.abs() * matters
+        form = Mask(magnitudes > 0, self._kept(magnitudes), self.steps)
+        form.advance(core, 0.0)
+        _say_what_is_empty(site, form.mask)
+        return form, core
+
+    def finish(self, model: nn.Module, trace: Trace) -> list[str]:
+        return [line for feed in trace.feeds for line in _drop_dead(model, trace, feed)]
+
+
+class Mask(Form):
+    """weight = core · mask. mask: bool of the core's shape."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, kept: int = 0, steps: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.register_buffer("goal", torch.tensor([int(mask.sum()), kept, steps, 0]))
+
+    def forward(self, core: Tensor) -> Tensor:
+        return core * self.mask
+
+    def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
+        return self.mask if outer is None else self.mask & outer
+
+    def advance(self, core: Tensor, progress: float) -> None:
+        """Keep the largest: at stage k of n, first · (last / first) ** (k / n) of them."""
+        first, last, steps, done = (int(n) for n in cast(Tensor, self.goal))
+        stage = min(steps, 1 + int(progress * steps))
+        if stage <= done or last <= 0:
+            return
+        kept = round(first * (last / max(first, 1)) ** (stage / steps))
+        magnitudes = (core.detach().abs() * self.mask).flatten()
+        largest = magnitudes.topk(min(kept, magnitudes.numel())).indices
+        chosen = torch.zeros_like(magnitudes, dtype=torch.bool)
+        chosen[largest] = True
+        self.mask.copy_(chosen.reshape(self.mask.shape) & self.mask)
+        cast(Tensor, self.goal)[3] = stage
+
+    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
+        mask = self.mask if keep is None else self.mask[keep]
+        kept = self.mask if keep is None else self.mask & keep
+        return SparseWeight(mask, inner(kept))
+
+
+@register_format("sparse.v1")
+class SparseWeight(PackedWeight):
+    """Which weights are there, as a bitmap, and their values, packed in any way.
+
+    positions: [n] int32, row-major, rising; values: a packed weight of shape [n].
+    """
+
+    positions: Tensor
+    values: PackedWeight
+
+    def __init__(self, mask: Tensor, values: PackedWeight) -> None:
+        super().__init__(mask.shape)
+        flat = mask.flatten().nonzero().squeeze(1).to(torch.int32)
+        self.register_buffer("positions", flat.cpu())
+        self.values = values
+
+    @staticmethod
+    def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+        rows = shape[0] if len(shape) > 1 else 1
+        return rows, math.prod(shape) // max(rows, 1)
+
+    def write(self, coder: Coder) -> None:
+        mask = torch.zeros(self.numel, dtype=torch.int64)
+        mask[self.positions.cpu().long()] = 1
+        rows, columns = self._matrix(self.shape)
+        coder.bitmap("positions", mask.reshape(rows, columns).numpy(), rows, columns)
+        with coder.inside("values"):
+            self.values.write(coder)
+
+    @classmethod
+    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
+        if not shape:
+            raise FormatError("sparse.v1 needs a shape of at least one dimension")
+        mask = torch.from_numpy(coder.bitmap("positions", None, *cls._matrix(shape)))
+        return cls(mask.reshape(shape), child("values", (int(mask.sum()),)))
+
+    def dense(self) -> Tensor:
+        values = self.values.dense()
+        flat = torch.zeros(self.numel, dtype=values.dtype, device=values.device)
+        flat[self.positions.long()] = values
+        return flat.reshape(self.shape)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return sparse_matmul(x, self.positions, self.values.dense(), self.shape)
+
+    def count_nonzero(self) -> int:
+        return self.values.count_nonzero()
+
+
+def _say_what_is_empty(site: Site, mask: Tensor) -> None:
+    rows = mask.flatten(1).any(1)
+    empty = int((~rows).sum())
+    if empty:
+        _log.info("prune_weights: %s has %d of %d output rows empty", site.name, empty, len(rows))
+
+
+def _drop_dead(model: nn.Module, trace: Trace, feed: Feed) -> list[str]:
+    """Unlink neurons that nothing reads, and fold away those that read nothing.
+
+    The answers stay the same: an output that meets only zeros cannot be seen, and one without
+    inputs is a constant, which the reader's bias takes over (or which is zero).
+    """
+    before = _mask_of(model, trace.site(feed.source))
+    after = _mask_of(model, trace.site(feed.target))
+    if before is None or after is None:
+        return []
+    rows = before.flatten(1)
+    columns = after.transpose(0, 1).reshape(rows.shape[0], -1)
+    lines = []
+    unread = ~columns.any(1) & rows.any(1)
+    if feed.only_reader and bool(unread.any()):
+        before[unread] = False
+        bias = _bias(model, feed.source)
+        if bias is not None:
+            bias[unread] = 0.0
+        lines.append(f"{feed.source}: {int(unread.sum())} neurons that nothing reads dropped")
+    mute = ~before.flatten(1).any(1) & columns.any(1)
+    if bool(mute.any()):
+        folded = _fold_constants(model, trace, feed, mute, after)
+        if folded:
+            lines.append(f"{feed.source}: {folded} neurons that read nothing folded away")
+    return lines
+
+
+def _fold_constants(
+    model: nn.Module, trace: Trace, feed: Feed, mute: Tensor, after: Tensor
+) -> int:
+    """Fold the constants of the mute neurons into the reader's bias; returns how many went."""
+    target, _ = owner(model, feed.target)
+    inputs = _inputs_of(model, target, trace)  # [examples, channels, ...]
+    if inputs is None or inputs.shape[1] != mute.numel() * feed.width:
+        return 0
+    constant = inputs.transpose(0, 1).reshape(inputs.shape[1], -1)
+    steady = (constant == constant[:, :1]).all(1)
+    value = constant[:, 0] * mute.repeat_interleave(feed.width)
+    bias = _bias(model, feed.target)
+    linear = after.dim() == 2 and bias is not None
+    goes = (steady & ((value == 0) | linear)).reshape(-1, feed.width).all(1) & mute
+    wide = goes.repeat_interleave(feed.width)
+    if bias is not None and linear:
+        held = tensor_at(model, feed.target).detach()
+        bias += held @ (value * wide).to(held.dtype)
+    after[:, wide] = False
+    return int(goes.sum())
+
+
+@torch.no_grad()
+def _inputs_of(model: nn.Module, module: nn.Module, trace: Trace) -> Tensor | None:
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    was_training = model.training
+    try:
+        args, kwargs = trace.example_on(model)
+        model.eval()(*args, **kwargs)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return seen[0] if len(seen) == 1 and isinstance(seen[0], Tensor) else None
+
+
+def _mask_of(model: nn.Module, site: Site) -> Tensor | None:
+    links = chain(model, site)
+    first = links.forms[0] if links is not None and len(links.forms) else None
+    return first.mask if isinstance(first, Mask) else None
+
+
+def _bias(model: nn.Module, name: str) -> Tensor | None:
+    module, _ = owner(model, name)
+    bias = getattr(module, "bias", None)
+    return bias.data if isinstance(bias, nn.Parameter) else None

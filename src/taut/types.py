@@ -1,0 +1,137 @@
+"""The plain facts that Taut passes around: frozen, with units in their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["linear", "conv", "embedding", "lstm", "gru", "rnn", "attention"]
+Direction = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place where a weight lives: `encoder.rnn.weight_hh_l0`, its kind, shape and work.
+
+    macs are multiply-accumulates for one example. aliases are further names of the same tensor
+    (a tied weight is one site).
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    macs: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a site is predicted to take: bytes of the file, multiply-accumulates per example."""
+
+    size_bytes: float
+    macs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one forward: median and interquartile range over `runs` timed blocks."""
+
+    batch: int
+    threads: int
+    engine: str
+    median_ms: float
+    iqr_ms: float
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a network was measured to be. Size is the size of the written file.
+
+    The original network has no .taut file: its size is that of its tensors, written plainly.
+    macs count every position of a weight; effective_macs only those whose weight is not zero.
+    peak_memory_bytes: weights plus the most that one forward at batch 1 allocates on top.
+    """
+
+    score: float
+    size_bytes: int
+    parameters: int
+    nonzero_parameters: int
+    macs: int
+    effective_macs: int
+    latencies: tuple[Latency, ...] = ()
+    peak_memory_bytes: int = 0
+
+    def latency(self, batch: int | None = None) -> Latency | None:
+        """The latency at a batch (by default the smallest one measured)."""
+        at = [x for x in self.latencies if batch is None or x.batch == batch]
+        return min(at, key=lambda x: x.batch) if at else None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measurement:
+        latencies = tuple(Latency(**x) for x in data["latencies"])
+        return cls(**{**data, "latencies": latencies})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A recipe with its measurement and its file."""
+
+    recipe: str
+    measurement: Measurement
+    path: str
+    epochs: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Candidate:
+        return cls(**{**data, "measurement": Measurement.from_json(data["measurement"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch of a recovery, as the log and the report show it."""
+
+    step: int
+    epoch: int
+    loss: float
+    score: float
+    learning_rate: float
+    seconds: float = field(compare=False)
+
+
+def frontier(candidates: Iterable[Candidate], better: Direction) -> list[Candidate]:
+    """The candidates that no other beats on bytes, latency and score at once, smallest first.
+
+    Latencies within a tenth of each other count as equal: they are measured, and machines are
+    noisy.
+    """
+
+    def axes(c: Candidate) -> tuple[float, float, float]:
+        latency = c.measurement.latency()
+        worse = -c.measurement.score if better == "higher" else c.measurement.score
+        return c.measurement.size_bytes, latency.median_ms if latency else 0.0, worse
+
+    def beats(a: Candidate, b: Candidate) -> bool:
+        (size_a, ms_a, worse_a), (size_b, ms_b, worse_b) = axes(a), axes(b)
+        no_worse = size_a <= size_b and ms_a <= 1.1 * ms_b and worse_a <= worse_b
+        return no_worse and (size_a < size_b or worse_a < worse_b or 1.1 * ms_a < ms_b)
+
+    everyone = list(candidates)
+    kept = [c for c in everyone if not any(beats(o, c) for o in everyone)]
+    return sorted(kept, key=axes)
