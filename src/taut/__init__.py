@@ -1,1 +1,46 @@
-"""Taut."""
+"""Taut makes trained networks smaller and faster, and measures that it did.
+
+    model + task ──trace──▶ sites, work, what feeds what
+                 ──statistics──▶ sensitivities
+       recipe ──apply──▶ the same nn.Module, trainable in compressed form
+              ──recover──▶ trained again, distilled from the original
+              ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
+              ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
+"""
+
+from taut import data, techniques, zoo
+from taut.compress import Result, Watch, apply, compress
+from taut.errors import TautError
+from taut.goal import Goal
+from taut.measure import measure
+from taut.pack import inspect, load, pack
+from taut.recipe import Recipe
+from taut.recover import Recover, attach_schedules, recover
+from taut.task import Task, load_task
+from taut.trace import trace
+from taut.types import Candidate, Measurement
+
+__all__ = [
+    "Candidate",
+    "Goal",
+    "Measurement",
+    "Recipe",
+    "Recover",
+    "Result",
+    "Task",
+    "TautError",
+    "Watch",
+    "apply",
+    "attach_schedules",
+    "compress",
+    "data",
+    "inspect",
+    "load",
+    "load_task",
+    "measure",
+    "pack",
+    "recover",
+    "techniques",
+    "trace",
+    "zoo",
+]

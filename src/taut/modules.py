@@ -48,16 +48,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+    """A deep copy of a model that shares nothing with it.
 
-    PyTorch's recurrent layers keep the weights that a parametrization computed, which cannot be
-    copied: those are dropped first (the next forward computes them again).
+    Two traits of PyTorch's parametrizations need care. Recurrent layers keep the weights that were
+    computed, which cannot be copied: they are dropped (the next forward computes them again). And
+    a copy shares the class that carries the computed properties: it gets one of its own.
     """
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
             module._flat_weights = [None for _ in module._flat_weights_names]
             module._flat_weight_refs = [_gone for _ in module._flat_weights_names]
-    return copy.deepcopy(model)
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            namespace = {k: v for k, v in vars(shared).items() if k not in _OF_THE_CLASS}
+            module.__class__ = type(shared.__name__, shared.__bases__, namespace)
+    return copied
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -68,14 +75,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
     cores = {n: id(found.original) for n in names if (found := parametrization(copied, n))}
     made: dict[int, nn.Parameter] = {}
     for name in names:
-        found = parametrization(copied, name)
-        assert found is not None
-        while len(found) > 1:
-            found.pop(-1)
-        found[0] = nn.Identity()
-        found.original = made.setdefault(cores[name], nn.Parameter(values[name]))
-        parametrize.remove_parametrizations(*owner(copied, name), leave_parametrized=False)
+        module, parameter = owner(copied, name)
+        if parametrize.is_parametrized(module):
+            module.__class__ = type(module).__bases__[0]
+            del module._modules["parametrizations"]
+        plain = made.setdefault(cores[name], nn.Parameter(values[name]))
+        module.register_parameter(parameter, plain)
     return copied
+
+
+_OF_THE_CLASS = {"__dict__", "__weakref__"}
 
 
 def _gone() -> None:

@@ -205,6 +205,10 @@ class Form(nn.Module, ABC):
         """Follow a schedule: called after each optimizer step with progress in [0, 1]."""
         return None
 
+    def settled(self) -> bool:
+        """Whether the schedule has reached its full strength."""
+        return True
+
 
 class Chain(nn.Module):
     """The forms on one site in the order of the recipe: the last one decodes first."""

@@ -157,9 +157,12 @@ class Mask(Form):
         return self.mask if outer is None else self.mask & outer
 
     def advance(self, core: Tensor, progress: float) -> None:
-        """Keep the largest: at stage k of n, first · (last / first) ** (k / n) of them."""
+        """Keep the largest: at stage k of n, first · (last / first) ** (k / n) of them.
+
+        The stages fall into the first half of the training; the second recovers from the last.
+        """
         first, last, steps, done = (int(n) for n in cast(Tensor, self.goal))
-        stage = min(steps, 1 + int(progress * steps))
+        stage = min(steps, 1 + int(2 * progress * steps))
         if stage <= done or last <= 0:
             return
         kept = round(first * (last / max(first, 1)) ** (stage / steps))
@@ -169,6 +172,10 @@ class Mask(Form):
         chosen[largest] = True
         self.mask.copy_(chosen.reshape(self.mask.shape) & self.mask)
         cast(Tensor, self.goal)[3] = stage
+
+    def settled(self) -> bool:
+        _, last, steps, done = (int(n) for n in cast(Tensor, self.goal))
+        return last <= 0 or done >= steps
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         mask = self.mask if keep is None else self.mask[keep]

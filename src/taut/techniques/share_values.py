@@ -151,7 +151,11 @@ class SharedValues(PackedWeight):
 
 
 def _k_means(values: Tensor, entries: int, init: str, iterations: int) -> Tensor:
-    """Centroids of one-dimensional k-means (Lloyd), sorted. An empty cluster stays where it was."""
+    """Centroids of one-dimensional k-means (Lloyd), sorted.
+
+    An empty cluster takes half of the one with the largest error: pruning leaves a hole around
+    zero, in which linear centroids would stay unused.
+    """
     if values.numel() == 0:
         return values.new_zeros(entries)
     if init == "linear":
@@ -169,8 +173,15 @@ def _k_means(values: Tensor, entries: int, init: str, iterations: int) -> Tensor
         index = _nearest(values, table)
         counts = torch.bincount(index, minlength=entries)
         sums = torch.bincount(index, weights=exact, minlength=entries)
-        moved = torch.where(counts > 0, (sums / counts.clamp(min=1)).to(table.dtype), table)
-        moved = moved.sort().values
+        squares = torch.bincount(index, weights=exact.square(), minlength=entries)
+        means = sums / counts.clamp(min=1)
+        spread = (squares - sums * means).clamp(min=0)  # summed squared distance to the mean
+        empty = (counts == 0).nonzero().squeeze(1)
+        widest = spread.argsort(descending=True)[: len(empty)]
+        half = (spread[widest] / counts[widest].clamp(min=1)).sqrt()
+        moved = means.clone()
+        moved[widest], moved[empty] = means[widest] - half, means[widest] + half
+        moved = moved.to(table.dtype).sort().values
         if torch.equal(moved, table):
             break
         table = moved

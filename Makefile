@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is made on first use and brought up to date when its pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.taut-installed
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install Taut and its tools into .venv
+
+demo: $(STAMP) ## compress a LeNet-5, from training to report
+	@$(BIN)/python examples/01_lenet5/demo.py
+
+test: $(STAMP) ## run the tests and the docstrings' examples
+	@$(BIN)/pytest
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: lint test ## all that CI checks
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("Taut needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v[:2])'
+	@echo "Installing Taut into $(VENV); PyTorch makes this a long download the first time."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@# torch comes first and nothing is built in isolation: a native core compiles against it.
+	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,442 @@
+"""A recipe, or a goal, from start to finish: resumable, measured, with its files in one folder.
+
+    runs/<name>/run.json          what was asked, versions, machine, measurements: the record
+               /trials/<n>/       checkpoint.pt, trial.json and net.taut of each recipe tried
+               /net.taut          the chosen one
+               /log.txt
+
+Every file is written atomically, and a run that was killed goes on where it was: at most the epoch
+in flight is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from torch import nn
+
+from taut.errors import RunError, TrainingError
+from taut.files import write_atomically
+from taut.goal import Goal, Verdict, is_goal
+from taut.measure import BATCHES, latency, measure
+from taut.modules import clone, device_of, tensor_at
+from taut.pack import load, pack
+from taut.plan import propose
+from taut.recipe import Recipe
+from taut.recoding import Recoding, chains, core, push
+from taut.recover import Recover, recover
+from taut.statistics import Statistics
+from taut.task import Task
+from taut.technique import Step, Technique
+from taut.trace import Trace, trace
+from taut.types import Candidate, EpochRecord, Measurement, frontier
+
+_log = logging.getLogger("taut")
+
+
+class Watch:
+    """What a run tells while it goes on. Override what you want to show."""
+
+    def say(self, text: str) -> None:
+        """One line about what happens next."""
+
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int) -> None:
+        """A batch of a recovery is done."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """An epoch of a recovery is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What compress found. model: the network as the file gives it back, ready to run."""
+
+    model: nn.Module
+    original: Measurement
+    candidate: Candidate
+    candidates: tuple[Candidate, ...]
+    goal: Goal | None
+    history: tuple[EpochRecord, ...]
+    folder: Path
+    task: str
+
+    @property
+    def measurement(self) -> Measurement:
+        return self.candidate.measurement
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """For each bound of the goal, what was asked and what was reached."""
+        return self.goal.verdicts(self.measurement, self.original) if self.goal else []
+
+    @property
+    def met(self) -> bool:
+        """Whether every bound of the goal holds; true where there was no goal."""
+        return all(v.holds for v in self.verdicts)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the file is than the original's tensors."""
+        return self.original.size_bytes / self.measurement.size_bytes
+
+    def save(self, path: str | Path) -> Path:
+        """Copy the .taut file to a path; taut.load reads it back."""
+        write_atomically(path, Path(self.candidate.path).read_bytes())
+        return Path(path)
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    wanted: str | Recipe | Goal | Sequence[Step],
+    *,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    epochs: int = 12,
+    trials: int = 5,
+    fresh: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Compress a trained network by a recipe, or to a goal.
+
+    model: stays untouched. wanted: a recipe (`"prune_weights(sparsity=0.9) > recover(epochs=5)"`)
+    or a goal (`"bytes<=5%, score>=-0.5%"`). folder: of the run, by default runs/<name> with a name
+    that follows from what is asked, so the same call goes on where it was killed, and returns the
+    result at once where it was done. fresh: start over. precision: of numbers that no technique
+    recodes. epochs, trials: for goals, of recovery in the first trial and how many trials at most.
+    """
+    aim = _aim(wanted, task)
+    run = _Run(model, task, aim, seed, precision, folder, fresh, watch or Watch())
+    with run.logging():
+        return run.go(epochs, trials)
+
+
+def apply(
+    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None = None
+) -> nn.Module:
+    """Put a technique's trainable form on a model, in place, and return the model.
+
+    It is then an ordinary module for any training loop; `taut.pack` writes it. traced: of the
+    original network, needed where the model carries forms already.
+    """
+    step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
+    if not isinstance(step, Technique):
+        raise RunError(f"apply takes a technique, got {step}; train with taut.recover")
+    traced = traced or trace(model, task.example())
+    sites = step.sites(traced)
+    statistics = Statistics(model, task.calibration_loss())
+    local = step.localise(model, sites, statistics)
+    for site in sites:
+        _log.info("%s: %s", site.name, local[site.name])
+        local[site.name].apply(model, site, statistics)
+    return model
+
+
+def _aim(wanted: str | Recipe | Goal | Sequence[Step], task: Task) -> Recipe | Goal:
+    if isinstance(wanted, Goal):
+        return wanted
+    if isinstance(wanted, str) and is_goal(wanted):
+        return Goal.parse(wanted, task.better)
+    return Recipe.parse(wanted)
+
+
+class _Run:
+    """The run folder and what is known so far."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, aim: Recipe | Goal, seed: int, precision: str,
+        folder: str | Path | None, fresh: bool, watch: Watch,
+    ) -> None:  # fmt: skip
+        self.model, self.task, self.aim, self.watch = model, task, aim, watch
+        self.seed, self.precision = seed, precision
+        asked = {
+            "task": task.name, "asked": str(aim), "seed": seed, "precision": precision,
+            "weights": _fingerprint(model),
+        }  # fmt: skip
+        digest = xxhash.xxh3_64_hexdigest(json.dumps(asked, sort_keys=True).encode())
+        self.folder = Path(folder) if folder else Path("runs") / f"{task.name}-{digest[:8]}"
+        self.record: dict[str, Any] = {
+            **asked, "status": "running", "versions": versions(), "machine": machine(),
+            "chooses_by": task.chooses_by, "better": task.better,
+        }  # fmt: skip
+        self._open(asked, fresh)
+        self.trace = trace(model, task.example())
+        self.statistics = Statistics(model, task.calibration_loss())
+
+    def _open(self, asked: dict[str, Any], fresh: bool) -> None:
+        path = self.folder / "run.json"
+        if fresh and path.is_file():
+            shutil.rmtree(self.folder)
+        if path.is_file():
+            try:
+                old = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise RunError(f"cannot read {path}: {error}; remove it or use --fresh") from error
+            other = [k for k, v in asked.items() if old.get(k) != v]
+            if other:
+                raise RunError(
+                    f"{self.folder} belongs to another run (its {other[0]} is "
+                    f"{old.get(other[0])!r}, not {asked[other[0]]!r}); choose another folder or "
+                    "use --fresh"
+                )
+            self.record = {**old, "versions": versions(), "machine": machine()}
+        self.save()
+
+    def save(self) -> None:
+        text = json.dumps(self.record, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / "run.json", text.encode())
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Everything logged under `taut` goes to log.txt of the run folder too."""
+        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        level = _log.level
+        _log.addHandler(handler)
+        _log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            _log.removeHandler(handler)
+            _log.setLevel(level)
+            handler.close()
+
+    def say(self, text: str) -> None:
+        _log.info(text)
+        self.watch.say(text)
+
+    def go(self, epochs: int, trials: int) -> Result:
+        if "original" not in self.record:
+            self.say(f"measuring the original {type(self.model).__name__}")
+            self.record["original"] = measure(self.model, self.task, self.trace).to_json()
+            self.save()
+        original = Measurement.from_json(self.record["original"])
+        tried: list[Candidate] = []
+        histories: list[list[EpochRecord]] = []
+        while (recipe := self._next(original, tried, epochs, trials)) is not None:
+            candidate, history = self._try(recipe, len(tried) + 1)
+            tried.append(candidate)
+            histories.append(history)
+        chosen = self._choose(original, tried)
+        return self._close(original, tried, chosen, histories[chosen])
+
+    def _next(
+        self, original: Measurement, tried: list[Candidate], epochs: int, trials: int
+    ) -> Recipe | None:
+        if isinstance(self.aim, Recipe):
+            return None if tried else self.aim
+        return propose(
+            self.aim, self.trace, self.model, self.statistics, original, tried,
+            epochs=epochs, most=trials,
+        )  # fmt: skip
+
+    def _choose(self, original: Measurement, tried: list[Candidate]) -> int:
+        """The nearest to the goal; of those that meet it, the smallest."""
+        if not isinstance(self.aim, Goal):
+            return 0
+        goal = self.aim
+
+        def rank(i: int) -> tuple[float, int]:
+            got = tried[i].measurement
+            return goal.distance(got, original), got.size_bytes
+
+        return min(range(len(tried)), key=rank)
+
+    def _try(self, recipe: Recipe, number: int) -> tuple[Candidate, list[EpochRecord]]:
+        folder = self.folder / "trials" / str(number)
+        done = folder / "trial.json"
+        if done.is_file():
+            data = json.loads(done.read_text())
+            history = [EpochRecord(**r) for r in data["history"]]
+            return Candidate.from_json(data["candidate"]), history
+        self.say(f"trial {number}: {recipe}")
+        trial = _Trial(self, recipe, folder)
+        candidate = trial.go()
+        data = {"candidate": candidate.to_json(), "history": [vars(r) for r in trial.history]}
+        write_atomically(done, json.dumps(data, indent=1).encode())
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        return candidate, trial.history
+
+    def _close(
+        self, original: Measurement, tried: list[Candidate], chosen: int,
+        history: list[EpochRecord],
+    ) -> Result:  # fmt: skip
+        best = tried[chosen]
+        path = self.folder / "net.taut"
+        packed = load(best.path, clone(self.model))
+        if self.record["status"] != "done":
+            write_atomically(path, Path(best.path).read_bytes())
+            original, best = self._time_together(original, best, packed)
+            tried[chosen] = best
+            self.record["original"] = original.to_json()
+            self.record["candidates"] = [c.to_json() for c in tried]
+            self.record["chosen"] = chosen
+            self.record["status"] = "done"
+            self.save()
+        tried = [Candidate.from_json(c) for c in self.record["candidates"]]
+        return Result(
+            model=packed,
+            original=original,
+            candidate=tried[chosen],
+            candidates=tuple(frontier(tried, self.task.better)),
+            goal=self.aim if isinstance(self.aim, Goal) else None,
+            history=tuple(history),
+            folder=self.folder,
+            task=self.task.name,
+        )
+
+    def _time_together(
+        self, original: Measurement, best: Candidate, packed: nn.Module
+    ) -> tuple[Measurement, Candidate]:
+        """Latencies of the original and of the chosen network, taken in turn: a fair ratio."""
+        self.say("timing the original and the result in turn")
+        before, after = [], []
+        for batch in BATCHES:
+            example = self.task.example(batch)
+            before.append(latency(self.model, example, batch))
+            after.append(latency(packed, example, batch))
+        measurement = _with(best.measurement, latencies=tuple(after))
+        return _with(original, latencies=tuple(before)), _with(best, measurement=measurement)
+
+
+class _Trial:
+    """One recipe, step by step, with a checkpoint after each step and each epoch."""
+
+    def __init__(self, run: _Run, recipe: Recipe, folder: Path) -> None:
+        self.run, self.recipe, self.folder = run, recipe, folder
+        self.trace, self.task = run.trace, run.task
+        self.model = clone(run.model)
+        self.device = Accelerator().device
+        self.model.to(self.device)
+        self.history: list[EpochRecord] = []
+        self.epochs = 0
+        self.step = 0
+        self.recovering: dict[str, Any] | None = None
+        self._resume()
+
+    def go(self) -> Candidate:
+        for index in range(self.step, len(self.recipe.steps)):
+            step = self.recipe.steps[index]
+            torch.manual_seed(self.run.seed + index)
+            if isinstance(step, Recover):
+                self._recover(step)
+            elif isinstance(step, Technique):
+                self.run.say(f"{step}")
+                apply(self.model, step, self.task, self.trace)
+            self.step = index + 1
+            self.recovering = None
+            self.save()
+        for technique in {type(s): s for s in self.recipe.steps if isinstance(s, Technique)}.values():
+            for line in technique.finish(self.model, self.trace):
+                _log.info(line)
+        return self._measure()
+
+    def _recover(self, step: Recover) -> None:
+        self.run.say(f"{step}")
+
+        def on_epoch(record: EpochRecord, state: dict[str, Any]) -> None:
+            _log.info(
+                "epoch %d: loss %.4f, score %.4f, %.1f s",
+                record.epoch, record.loss, record.score, record.seconds,
+            )  # fmt: skip
+            self.run.watch.on_epoch(record)
+            self.recovering = state
+            self.save()
+
+        def on_batch(epoch: int, batch: int, batches: int) -> None:
+            self.run.watch.on_batch(epoch, step.epochs, batch, batches)
+
+        self.history += recover(
+            self.model, self.task, step, teacher=clone(self.run.model), trace=self.trace,
+            step=self.step, resume=self.recovering, on_epoch=on_epoch, on_batch=on_batch,
+        )  # fmt: skip
+
+    def _measure(self) -> Candidate:
+        """Pack, read the file back into a copy of the original, and measure that."""
+        path = self.folder / "net.taut"
+        size = pack(self.model, path, self.run.precision)
+        packed = load(path, clone(self.run.model))
+        measurement = measure(packed, self.task, self.trace, size_bytes=size)
+        self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
+        trained = sum(s.epochs for s in self.recipe.steps if isinstance(s, Recover))
+        return Candidate(
+            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained
+        )
+
+    def save(self) -> None:
+        """The checkpoint: which forms the sites carry, and every tensor."""
+        state = {
+            "step": self.step,
+            "forms": {
+                site.name: [str(t) for t in links.recipe]
+                for site, links in chains(self.model, self.trace.sites)
+            },
+            "model": self.model.state_dict(),
+            "recover": self.recovering,
+            "history": [vars(r) for r in self.history],
+        }
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            for name, texts in state["forms"].items():
+                site = self.trace.site(name)
+                for text in texts:
+                    technique = Recipe.parse(text).steps[0]
+                    assert isinstance(technique, Recoding)
+                    form, blank = technique.blank(core(self.model, site).detach())
+                    push(self.model, site, technique, form, blank)
+        self.model.load_state_dict(state["model"])
+        self.step, self.recovering = state["step"], state["recover"]
+        self.history = [EpochRecord(**r) for r in state["history"]]
+        self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("taut", "torch", "numpy", "constriction", "accelerate")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that a latency depends on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = (s for s in info.read_text().splitlines() if s.startswith("model name"))
+        name = next(lines, name).rpartition(":")[2].strip()
+    return {
+        "system": platform.system(),
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = xxhash.xxh3_64()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _with(item: Any, **changes: Any) -> Any:
+    return type(item)(**{**{k: getattr(item, k) for k in item.__dataclass_fields__}, **changes})

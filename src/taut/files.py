@@ -1,0 +1,40 @@
+"""Writing files so that a reader finds the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from taut.errors import RunError
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object] | bytes) -> int:
+    """Write a file under its final name only once it is whole; returns its size in bytes.
+
+    write: the contents, or a function that writes them. Raises RunError where the folder cannot
+    be written or the disk is full; nothing is left under the final name then.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(write) if isinstance(write, bytes) else write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+            "folder (--run-folder)"
+        ) from error
+    return size

@@ -1,0 +1,113 @@
+"""Measuring a network: score, bytes, parameters, work, latency, memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+from taut.modules import device_of, tensor_at
+from taut.task import Task
+from taut.trace import Example, Trace
+from taut.types import Latency, Measurement
+
+BATCHES = (1, 64)
+
+
+def measure(
+    model: nn.Module,
+    task: Task,
+    trace: Trace,
+    *,
+    size_bytes: int | None = None,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 0.5,
+    score: float | None = None,
+) -> Measurement:
+    """Measure a network as it stands, in eval mode.
+
+    trace: of the original network, whose sites the model still has. size_bytes: of the written
+    file; without one, the bytes of the model's tensors, each stored once. batches: the batch sizes
+    at which latency is taken; seconds: how long each is timed at least.
+    """
+    model.eval()
+    nonzero = {s.name: int(tensor_at(model, s.name).count_nonzero()) for s in trace.sites}
+    sites = sum(s.numel for s in trace.sites)
+    rest = trace.parameters - sites
+    site_macs = sum(s.macs for s in trace.sites)
+    used = sum(s.macs * nonzero[s.name] / max(s.numel, 1) for s in trace.sites)
+    return Measurement(
+        score=task.evaluate(model) if score is None else score,
+        size_bytes=tensor_bytes(model) if size_bytes is None else size_bytes,
+        parameters=trace.parameters,
+        nonzero_parameters=rest + sum(nonzero.values()),
+        macs=trace.macs,
+        effective_macs=round(trace.macs - site_macs + used),
+        latencies=tuple(latency(model, task.example(b), b, seconds) for b in batches),
+        peak_memory_bytes=peak_memory(model, task.example(1)),
+    )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """The bytes of a network's parameters and buffers, tied ones once."""
+    held = {v.data_ptr(): v for v in model.state_dict(keep_vars=True).values() if v.numel()}
+    return sum(v.numel() * v.element_size() for v in held.values())
+
+
+@torch.no_grad()
+def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.5) -> Latency:
+    """Time one forward at PyTorch's present number of threads, after a warm-up."""
+    device = device_of(model)
+    args = tuple(_to(a, device) for a in example[0])
+    kwargs = {k: _to(v, device) for k, v in example[1].items()}
+    threads = torch.get_num_threads()
+    timer = Timer(
+        "model(*args, **kwargs)",
+        globals={"model": model, "args": args, "kwargs": kwargs},
+        num_threads=threads,
+    )
+    timer.timeit(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a noisy machine shows in the spread
+        times = timer.blocked_autorange(min_run_time=seconds)
+    return Latency(
+        batch=batch,
+        threads=threads,
+        engine="pytorch",
+        median_ms=times.median * 1e3,
+        iqr_ms=times.iqr * 1e3,
+        runs=len(times.times),
+    )
+
+
+@torch.no_grad()
+def peak_memory(model: nn.Module, example: Example) -> int:
+    """The network's tensors plus the most that one forward allocates on top, in bytes."""
+    device = device_of(model)
+    args = tuple(_to(a, device) for a in example[0])
+    kwargs = {k: _to(v, device) for k, v in example[1].items()}
+    model(*args, **kwargs)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        model(*args, **kwargs)
+        return tensor_bytes(model) + torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(*args, **kwargs)
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return tensor_bytes(model) + peak
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

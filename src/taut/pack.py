@@ -1,0 +1,358 @@
+"""The .taut file: a trained network in, one small and safe file out, and back.
+
+docs/format.md is the specification. The container knows formats by their registered names and
+techniques not at all; it holds no code. Every name, count and shape is checked, against the model
+too, before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from taut.coding import Decoder, Encoder, PartSize
+from taut.errors import FormatError, did_you_mean
+from taut.files import write_atomically
+from taut.layers import Packed, pack_layer
+from taut.modules import owner, parametrization, parametrized_names, tensor_at
+from taut.recoding import FORMATS, PRECISIONS, Chain, PackedWeight, Plain
+
+MAGIC = b"TAUT\x01"
+DIGEST_BYTES = 8
+MOST_HEADER_BYTES = 1 << 24
+MOST_DEPTH = 8
+# What a header of a small network repeats anyway; part of version 1 of the format.
+DICTIONARY = (
+    b'"float32""bfloat16""int64",{"as":"running_mean""running_var""num_batches_tracked"'
+    b'"layers.0.embedding.weight_hh_l0""weight_ih_l0""bias_hh_l0""bias_ih_l0""conv1.bias"'
+    b'"fc1.bias",[1],["plain.v1"]],["conv2.weight",[64,64,3,3],["sparse.v1",{},{"values":'
+    b'["shared_values.v1",{"entries":32},{"table":["plain.v1"]}]}]],["fc2.weight",[10,512],["'
+)
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a file: its names (several where it is tied), its format, what parts take."""
+
+    names: Names
+    shape: tuple[int, ...]
+    format: str
+    parts: Mapping[str, PartSize]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> float:
+        """Its share of the coded stream."""
+        return sum(p.bits for p in self.parts.values()) / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSummary:
+    """What `inspect` tells of a file. overhead_bytes: all but the coded numbers themselves."""
+
+    size_bytes: int
+    overhead_bytes: int
+    tensors: tuple[StoredTensor, ...]
+
+
+# ---- writing --------------------------------------------------------------------------------
+
+
+def pack(model: nn.Module, path: str | Path, precision: str = "auto") -> int:
+    """Write a network as a .taut file; returns its size in bytes.
+
+    model: any network, its sites recoded or not, or one that was loaded from a .taut file.
+    precision: of the numbers that no technique recodes (biases, norms): float32, float16,
+        bfloat16, or auto, which is float16 where that rounds by less than 2**-10 of the tensor's
+        own scale, else float32.
+    """
+    if precision not in ("auto", "float32", "float16", "bfloat16"):
+        near = did_you_mean(precision, ("auto", *PRECISIONS))
+        raise FormatError(f"pack: precision must be one of PRECISIONS, got {precision!r}{near}")
+    return write_atomically(path, encode(packed_state(model, precision)))
+
+
+def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, PackedWeight]:
+    """Every parameter and buffer of a model as a packed weight, in the model's own order."""
+    found: dict[Names, PackedWeight] = {}
+    for names, source in _tied(model).items():
+        if isinstance(source, PackedWeight):
+            found[names] = source
+        elif isinstance(source, Tensor):
+            found[names] = Plain.of(source, precision)
+        else:
+            links, core = source
+            found[names] = links.pack(core, precision)
+    return found
+
+
+def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, Tensor]]:
+    """What holds each tensor of the model, with the names of tied ones joined."""
+    holds: dict[str, tuple[int, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Packed):
+            for name, packed in module.packed.items():
+                assert isinstance(packed, PackedWeight)
+                holds[prefix + name] = id(packed), packed
+    for name in parametrized_names(model):
+        found = parametrization(model, name)
+        assert found is not None
+        if isinstance(found[0], Chain) and len(found) == 1:
+            holds[name] = id(found.original), (found[0], found.original)
+        else:
+            value = tensor_at(model, name)
+            holds[name] = id(found), value
+    for name, value in model.state_dict(keep_vars=True).items():
+        if ".parametrizations." not in f".{name}" and ".packed." not in f".{name}":
+            holds[name] = id(value), value
+    order = {n: i for i, n in enumerate(model.state_dict())}
+    joined: dict[int, list[str]] = {}
+    for name in sorted(holds, key=lambda n: order.get(n, -1)):
+        joined.setdefault(holds[name][0], []).append(name)
+    return {tuple(names): holds[names[0]][1] for names in joined.values()}
+
+
+def encode(state: Mapping[Names, PackedWeight]) -> bytes:
+    """The bytes of a file that holds these tensors."""
+    coder, entries = Encoder(), []
+    for names, packed in state.items():
+        name = names[0] if len(names) == 1 else list(names)
+        entries.append([name, list(packed.shape), _node(packed)])
+        with coder.inside(names[0]):
+            packed.write(coder)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    squeezer = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
+    header = squeezer.compress(text) + squeezer.flush()
+    body = MAGIC + _varint(len(header)) + header + coder.finish()
+    return body + xxhash.xxh3_64_digest(body)
+
+
+def _node(packed: PackedWeight) -> list[Any]:
+    children = {name: _node(child) for name, child in packed.nested().items()}
+    node = [packed.format, packed.meta(), children]
+    while not node[-1]:
+        node.pop()
+    return node
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Put the weights of a .taut file into a freshly built model, in place, and return it.
+
+    Raises FormatError for a file that is damaged or no .taut file, and for a model whose tensors
+    differ from the file's in name or shape; the model is untouched then.
+    """
+    entries, coder, _ = _open(Path(path))
+    _check_fits(entries, model, Path(path))
+    state = _decode(entries, coder)
+    layers: dict[str, dict[str, PackedWeight]] = {}
+    with torch.no_grad():
+        for names, packed in state.items():
+            for name in names:
+                module, leaf = owner(model, name)
+                if isinstance(packed, Plain):
+                    held = getattr(module, leaf)
+                    held.copy_(packed.dense().to(held.dtype))
+                else:
+                    layers.setdefault(name.rpartition(".")[0], {})[leaf] = packed
+    device = next(iter(model.state_dict().values())).device
+    for module_path, weights in layers.items():
+        layer = model.get_submodule(module_path)
+        pack_layer(layer, weights)
+        layer.to(device)
+    return model.eval()
+
+
+def inspect(path: str | Path) -> FileSummary:
+    """What a file holds and what each part takes, without a model."""
+    path = Path(path)
+    entries, coder, size = _open(path)
+    state = _decode(entries, coder)
+    tensors = []
+    for names, packed in state.items():
+        start = names[0] + "."
+        parts = {k[len(start) :]: v for k, v in coder.parts.items() if k.startswith(start)}
+        tensors.append(
+            StoredTensor(names=names, shape=packed.shape, format=packed.format, parts=parts)
+        )
+    coded = math.ceil(sum(t.size_bytes for t in tensors))
+    return FileSummary(size_bytes=size, overhead_bytes=size - coded, tensors=tuple(tensors))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    names: Names
+    shape: tuple[int, ...]
+    node: list[Any]
+
+
+def _open(path: Path) -> tuple[list[_Entry], Decoder, int]:
+    """Check the container and its header; nothing of the stream is decoded yet."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        entries, stream = _parse(data)
+        _check_bounds(entries, len(data))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    return entries, Decoder(stream), len(data)
+
+
+def _parse(data: bytes) -> tuple[list[_Entry], bytes]:
+    if data[:4] != MAGIC[:4]:
+        what = "a pickle (torch.save)" if data[:2] in (b"\x80\x02", b"PK") else "something else"
+        raise FormatError(f"not a .taut file but {what}; it must start with {MAGIC[:4]!r}")
+    if data[:5] != MAGIC:
+        version = data[4] if len(data) > 4 else None
+        raise FormatError(f"format version {version}, this Taut reads version 1; update Taut")
+    if len(data) < len(MAGIC) + DIGEST_BYTES + 1:
+        raise FormatError(f"{len(data)} bytes are too few for a .taut file; it is truncated")
+    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if xxhash.xxh3_64_digest(body) != digest:
+        raise FormatError("the checksum does not match; the file is damaged or truncated")
+    length, start = 0, len(MAGIC)
+    for shift in range(0, 35, 7):
+        if start >= len(body):
+            raise FormatError("the header's length is cut short")
+        byte = body[start]
+        start += 1
+        length |= (byte & 127) << shift
+        if byte < 128:
+            break
+    if length > len(body) - start:
+        raise FormatError(f"the header claims {length} bytes, the file has {len(body) - start}")
+    return _entries(_inflate(body[start : start + length])), body[start + length :]
+
+
+def _inflate(header: bytes) -> Any:
+    most = min(MOST_HEADER_BYTES, 4096 + 1024 * len(header))
+    inflater = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
+    try:
+        text = inflater.decompress(header, most)
+        if not inflater.eof:
+            raise FormatError(f"the header is damaged or larger than {most} bytes")
+        return json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"the header is damaged: {error}") from error
+
+
+def _entries(header: Any) -> list[_Entry]:
+    if not isinstance(header, list):
+        raise FormatError("the header must be a list of tensors")
+    found, seen = [], set[str]()
+    for item in header:
+        if not (isinstance(item, list) and len(item) == 3):
+            raise FormatError(f"a tensor is [name, shape, format], got {str(item)[:80]}")
+        names = tuple(item[0]) if isinstance(item[0], list) else (item[0],)
+        if not names or not all(isinstance(n, str) and n for n in names):
+            raise FormatError(f"a tensor's name must be text, got {str(item[0])[:80]}")
+        if seen & set(names) or len(set(names)) < len(names):
+            raise FormatError(f"tensor {names[0]!r} stands twice in the header")
+        seen |= set(names)
+        shape = item[1]
+        if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
+            raise FormatError(f"{names[0]}: a shape is up to 8 sizes, got {str(shape)[:80]}")
+        _check_node(item[2], names[0], MOST_DEPTH)
+        found.append(_Entry(names, tuple(shape), item[2]))
+    return found
+
+
+def _is_size(n: Any) -> bool:
+    return type(n) is int and 0 <= n < 2**40
+
+
+def _check_node(node: Any, name: str, depth: int) -> None:
+    good = isinstance(node, list) and 1 <= len(node) <= 3 and isinstance(node[0], str)
+    good = good and all(isinstance(part, dict) for part in node[1:])
+    if not good or depth == 0:
+        raise FormatError(f"{name}: a format is [name, scalars, children], got {str(node)[:80]}")
+    if node[0] not in FORMATS:
+        raise FormatError(f"{name}: no format is named {node[0]!r}{did_you_mean(node[0], FORMATS)}")
+    for child in (node[2] if len(node) > 2 else {}).values():
+        _check_node(child, name, depth - 1)
+
+
+def _check_bounds(entries: list[_Entry], size: int) -> None:
+    """No file may claim so much that reading it would cost out of proportion to its size."""
+    claimed = sum(math.prod(e.shape) for e in entries)
+    most = (1 << 24) + 20_000 * size
+    if claimed > most:
+        raise FormatError(
+            f"its tensors claim {claimed:,} numbers, a file of {size:,} bytes may claim {most:,}"
+        )
+
+
+def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
+    if any(isinstance(m, Packed) for m in model.modules()):
+        raise FormatError(f"{path}: the model is packed already; load into a freshly built one")
+    wants = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    has = {n: e.shape for e in entries for n in e.names}
+    name = type(model).__name__
+    lacking, extra = sorted(set(wants) - set(has)), sorted(set(has) - set(wants))
+    if lacking or extra:
+        parts = [f"the file lacks {', '.join(lacking[:3])}"] if lacking else []
+        parts += [f"{name} lacks {', '.join(extra[:3])}"] if extra else []
+        raise FormatError(
+            f"{path} is of another model than {name}: {'; '.join(parts)}; build the model that "
+            "was compressed"
+        )
+    for tensor, shape in wants.items():
+        if has[tensor] != shape:
+            raise FormatError(
+                f"{path} is of another model than {name}: {tensor} is {list(has[tensor])} in the "
+                f"file and {list(shape)} in the model"
+            )
+
+
+def _decode(entries: list[_Entry], coder: Decoder) -> dict[Names, PackedWeight]:
+    state = {}
+    for entry in entries:
+        with coder.inside(entry.names[0]):
+            state[entry.names] = _read(coder, entry.shape, entry.node, entry.names[0])
+    coder.finish()
+    return state
+
+
+def _read(coder: Decoder, shape: tuple[int, ...], node: list[Any], name: str) -> PackedWeight:
+    meta = node[1] if len(node) > 1 else {}
+    children = node[2] if len(node) > 2 else {}
+
+    def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
+        if part not in children:
+            raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
+        with coder.inside(part):
+            return _read(coder, its_shape, children[part], name)
+
+    packed = FORMATS[node[0]].read(coder, shape, meta, child)
+    if packed.shape != shape:
+        raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
+    return packed

@@ -1,0 +1,182 @@
+"""From a goal to a recipe: sensitivities and predicted costs choose the strengths.
+
+`propose` looks at what was tried, corrects its predictions by what was measured, and names the
+next recipe to try; None once the goal is met or there is nothing better to try. It trains nothing,
+so that every decision can be tested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from taut.goal import Goal
+from taut.recipe import Recipe
+from taut.recoding import Recoding
+from taut.recover import Recover
+from taut.statistics import Statistics
+from taut.technique import Step
+from taut.techniques import PruneWeights, ShareValues
+from taut.trace import Trace
+from taut.types import Candidate, Measurement, Site
+
+MOST_SPARSITY = 0.995
+_FILE_BYTES, _SITE_BYTES = 60, 10  # container and header, seen on small networks
+_ROOM = 0.97  # aim a little under the bound: predictions are within a few per cent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a recipe is predicted to leave of the network."""
+
+    size_bytes: float
+    parameters: float
+    macs: float
+
+
+def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statistics) -> Forecast:
+    """Predict the size of the file, the non-zero parameters and the effective MACs."""
+    chains: dict[str, list[Recoding]] = {s.name: [] for s in trace.sites}
+    kept = {s.name: 1.0 for s in trace.sites}
+    for step in recipe.steps:
+        if not isinstance(step, Recoding):
+            continue
+        sites = step.sites(trace)
+        for name, local in step.localise(model, sites, statistics).items():
+            assert isinstance(local, Recoding)
+            links = chains[name]
+            if links and links[-1].name == local.name:
+                links.pop()
+            links.append(local)
+            if isinstance(local, PruneWeights):
+                kept[name] = 1 - local.sparsity
+    rest = trace.parameters - sum(s.numel for s in trace.sites)
+    return Forecast(
+        size_bytes=_FILE_BYTES + 2 * rest
+        + sum(_SITE_BYTES + predict_chain(chains[s.name], s) for s in trace.sites),
+        parameters=rest + sum(kept[s.name] * s.numel for s in trace.sites),
+        macs=trace.macs - sum((1 - kept[s.name]) * s.macs for s in trace.sites),
+    )  # fmt: skip
+
+
+def predict_chain(links: Sequence[Recoding], site: Site) -> float:
+    """Bytes of a site under a chain of techniques, each recoding the core of the one before."""
+
+    def at(depth: int, count: int) -> float:
+        if depth == len(links):
+            return 2.0 * count
+        return links[depth].predict_bytes(count, lambda n: at(depth + 1, n))
+
+    return at(0, site.numel)
+
+
+def propose(
+    goal: Goal,
+    trace: Trace,
+    model: nn.Module,
+    statistics: Statistics,
+    original: Measurement,
+    tried: Sequence[Candidate],
+    *,
+    epochs: int = 12,
+    most: int = 5,
+) -> Recipe | None:
+    """The next recipe to try, or None.
+
+    epochs: of recovery in the first trial. most: how many trials there may be. Without a bound on
+    bytes the file is made as small as the other bounds allow.
+    """
+    if len(tried) >= most:
+        return None
+    planner = _Planner(goal, trace, model, statistics, original)
+    if goal.bound("bytes") is None:
+        return planner.smallest(tried, epochs)
+    if any(goal.met(c.measurement, original) for c in tried):
+        return None
+    return planner.within(tried, epochs)
+
+
+class _Planner:
+    def __init__(
+        self, goal: Goal, trace: Trace, model: nn.Module, statistics: Statistics,
+        original: Measurement,
+    ) -> None:  # fmt: skip
+        self.goal, self.original = goal, original
+        self.trace, self.model, self.statistics = trace, model, statistics
+
+    def within(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
+        """Aim at the bound on bytes; where the score falls short, train longer or change bits."""
+        bound = self.goal.bound("bytes")
+        assert bound is not None
+        limit = bound.limit(self.original)
+        if not tried:
+            return self.recipe(limit * _ROOM, bits=5, epochs=epochs)
+        last = tried[-1]
+        error = self._error(last)
+        missed = last.measurement.size_bytes > limit
+        if missed and error < 1.0:
+            return None  # predicted to fit even less: nothing stronger is known
+        if missed:
+            return self.recipe(limit * _ROOM / error, bits=_bits(last), epochs=_epochs(last))
+        options = [(4, 1), (5, 2), (4, 2), (6, 2), (3, 2)]  # bits, factor on the epochs
+        done = {(_bits(c), _epochs(c)) for c in tried if c.measurement.size_bytes <= limit}
+        left = [(b, f * epochs) for b, f in options if (b, f * epochs) not in done]
+        bits, longer = left[0]
+        return self.recipe(limit * _ROOM / error, bits=bits, epochs=longer)
+
+    def smallest(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
+        """Bisect on the logarithm of the bytes for the smallest file that keeps every bound."""
+        good = [c for c in tried if self.goal.met(c.measurement, self.original)]
+        bad = [c for c in tried if not self.goal.met(c.measurement, self.original)]
+        low = max((c.measurement.size_bytes for c in bad), default=None)
+        high = min((c.measurement.size_bytes for c in good), default=None)
+        if high is None:
+            size = 0.03 * self.original.size_bytes if low is None else 2.0 * low
+        elif low is None or low >= high:
+            size = 0.6 * high
+        elif high / low < 1.1:
+            return None
+        else:
+            size = math.sqrt(low * high)
+        if size > 0.3 * self.original.size_bytes:
+            return None
+        return self.recipe(size / (self._error(tried[-1]) if tried else 1.0), 5, epochs)
+
+    def recipe(self, size_bytes: float, bits: int, epochs: int) -> Recipe:
+        """The mildest recipe of this form whose forecast keeps the size and the other bounds."""
+        share = ShareValues(bits=bits)
+        first, second = Recover(epochs=max(1, 2 * epochs // 3)), Recover(epochs=max(1, epochs // 3))
+        bare: list[Step] = [share, second]
+        if self._fits(Recipe((share,)), size_bytes):
+            return Recipe(tuple(bare))
+        low, high = 0.0, MOST_SPARSITY
+        while high - low > 5e-4:
+            middle = (low + high) / 2
+            fits = self._fits(Recipe((PruneWeights(sparsity=middle), share)), size_bytes)
+            low, high = (low, middle) if fits else (middle, high)
+        return Recipe((PruneWeights(sparsity=round(high, 4), steps=4), first, *bare))
+
+    def _fits(self, recipe: Recipe, size_bytes: float) -> bool:
+        got = forecast(recipe, self.trace, self.model, self.statistics)
+        reached = {"bytes": got.size_bytes, "parameters": got.parameters, "macs": got.macs}
+        limits = {b.axis: b.limit(self.original) for b in self.goal.bounds}
+        limits["bytes"] = size_bytes
+        return all(reached[a] <= limits[a] for a in reached if a in limits)
+
+    def _error(self, candidate: Candidate) -> float:
+        """Measured size over predicted size."""
+        recipe = Recipe.parse(candidate.recipe)
+        predicted = forecast(recipe, self.trace, self.model, self.statistics).size_bytes
+        return candidate.measurement.size_bytes / predicted
+
+
+def _bits(candidate: Candidate) -> int:
+    steps = Recipe.parse(candidate.recipe).steps
+    return next((s.bits for s in steps if isinstance(s, ShareValues)), 5)
+
+
+def _epochs(candidate: Candidate) -> int:
+    return sum(s.epochs for s in Recipe.parse(candidate.recipe).steps if isinstance(s, Recover))
