@@ -15,6 +15,7 @@ from the sum of floats, so every machine decodes what any other wrote.
 from __future__ import annotations
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +32,12 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _model = constriction.stream.model
-_FIRST_BLOCK = 16
-_PRIOR = 0.25  # the count that each symbol is given before any is seen
+_FIRST_BLOCK = 8
+_PRIORS = (0.02, 0.25, 2.0, 64.0)  # the count of a symbol before any is seen
 _LEAST = 2.0**-20  # no bit is ever thought less likely than this
+_MOST_CUT = 7  # bytes of zeros that are left out at the end of a stream
+_GUESSES = 48  # classes of guesses at a bit, half an octave wide
+_MOST_LAG = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +85,35 @@ class Coder(ABC):
 
         A block costs one call whatever its length; it is coded by the counts of all before it.
         """
+        out, bits, huffman = self._learned(values, size, count)
+        self._account(name, count, bits, huffman)
+        return out
+
+    def _learned(self, values: Ints | None, size: int, count: int) -> tuple[Ints, float, float]:
+        """The symbols, the bits that they take, and plain Huffman's.
+
+        How much a symbol counts before it was seen is chosen by trying: noise wants a heavy prior,
+        a few values out of many possible ones a light one.
+        """
+        if size < 2 or not count:
+            return self._blocks(values, size, count, 1.0)
+        choice = None
+        if values is not None:
+            trials = [Estimator()._blocks(values, size, count, prior)[1] for prior in _PRIORS]
+            choice = np.array([int(np.argmin(trials))])
+        chosen = int(self._categorical(choice, np.ones(len(_PRIORS)), 1)[0])
+        out, bits, huffman = self._blocks(values, size, count, _PRIORS[chosen])
+        return out, bits + math.log2(len(_PRIORS)), huffman
+
+    def _blocks(
+        self, values: Ints | None, size: int, count: int, prior: float
+    ) -> tuple[Ints, float, float]:
         seen = np.zeros(size, dtype=np.int64)
         out = np.empty(count, dtype=np.int64)
         bits, start = 0.0, 0
         while start < count:
             stop = min(count, start + max(_FIRST_BLOCK, start // 8))
-            weights = seen + _PRIOR
+            weights: Floats = np.add(seen, prior, dtype=np.float64)
             block = None if values is None else values[start:stop]
             out[start:stop] = self._categorical(block, weights, stop - start)
             new = np.bincount(out[start:stop], minlength=size)
@@ -94,79 +121,112 @@ class Coder(ABC):
             bits -= float(new[used] @ np.log2(weights[used] / weights.sum()))
             seen += new
             start = stop
-        self._account(name, count, bits, huffman_bits(seen))
-        return out
+        return out, bits, huffman_bits(seen)
 
     def bitmap(self, name: str, mask: Ints | None, rows: int, columns: int) -> Ints:
         """A [rows, columns] matrix of zeros and ones, coded along its cheaper direction.
 
-        The chance of a one is its column's density so far times how full its row is so far, so
-        dead rows and columns cost next to nothing.
+        See `_lines` for the model. The direction and the model's lag are chosen by trying.
         """
         if mask is None:
             turned = int(self._categorical(None, np.ones(2), 1)[0])
-            lines = self._lines(name, None, *((columns, rows) if turned else (rows, columns)))
+            lag = 1 + int(self._categorical(None, np.ones(_MOST_LAG), 1)[0])
+            lines = self._lines(name, None, *((columns, rows) if turned else (rows, columns)), lag)
             return np.ascontiguousarray(lines.T) if turned else lines
-        estimates = []
-        for candidate in (mask, mask.T):
-            estimate = Estimator()
-            estimate._lines(name, candidate, *candidate.shape)
-            estimates.append(estimate.parts[name].bits)
-        turned = int(estimates[1] < estimates[0])
+        options = []
+        for turned, candidate in enumerate((mask, mask.T)):
+            lag, estimate = _best_lag(candidate), Estimator()
+            estimate._lines(name, candidate, *candidate.shape, lag)
+            options.append((estimate.parts[name].bits, turned, lag))
+        _, turned, lag = min(options)
         self._categorical(np.array([turned]), np.ones(2), 1)
+        self._categorical(np.array([lag - 1]), np.ones(_MOST_LAG), 1)
         lines = mask.T if turned else mask
-        self._lines(name, lines, *lines.shape)
+        self._lines(name, lines, *lines.shape, lag)
         return mask
 
-    def _lines(self, name: str, mask: Ints | None, rows: int, columns: int) -> Ints:
-        out = np.zeros((rows, columns), dtype=np.int64)
+    def _lines(self, name: str, mask: Ints | None, rows: int, columns: int, lag: int) -> Ints:
+        """The bits line by line, each by what stands around it.
+
+        A first guess is how dense the bit's column has been, times how full its row is so far.
+        The guess and four neighbours make the bit's context, whose counts correct the guess: the
+        bit above, the bit `lag` lines above (one image row up, where a line is a pixel), and
+        whether one of that one's two neighbours is set.
+        """
+        out = np.zeros((lag + 1 + rows, columns), dtype=np.int64)  # nothing stands above
         in_column = np.zeros(columns, dtype=np.int64)
+        seen, ones = (np.zeros(8 * _GUESSES, dtype=np.int64) for _ in range(2))
         total, information = 0, 0.0
-        step = max(16, columns // 8)
+        step = max(16, columns // 8, rows * columns >> 16)
         for row in range(rows):
+            here = out[lag + 1 + row]
+            above, far = out[lag + row], out[row + 1]
+            beside = out[row] | (out[row + 2] if lag > 1 else far)
+            around = 4 * above + 2 * far + beside
             overall = (total + 0.5) / (row * columns + 1.0)
             density = (in_column + 2.0 * overall) / (row + 2.0)
             expected, found = 0, 0  # of this row so far; expected in units of 2**-16
             for start in range(0, columns, step):
-                here = density[start : start + step]
+                part = slice(start, start + step)
                 fullness = (found + 1.0) / (expected / 65536.0 + 1.0)
-                ones = np.clip(here * fullness, _LEAST, 1.0 - _LEAST)
-                given = None if mask is None else mask[row, start : start + step]
-                bits = self._bernoulli(given, ones)
-                out[row, start : start + step] = bits
-                information -= float(np.log2(np.where(bits, ones, 1.0 - ones)).sum())
+                guess = np.clip(density[part] * fullness, _LEAST, 1.0 - _LEAST)
+                context = 8 * _half_octave(guess) + around[part]
+                chance = (ones[context] + 4.0 * guess) / (seen[context] + 4.0)
+                chance = np.clip(chance, _LEAST, 1.0 - _LEAST)
+                bits = self._bernoulli(None if mask is None else mask[row, part], chance)
+                here[part] = bits
+                information -= float(np.log2(np.where(bits, chance, 1.0 - chance)).sum())
+                seen += np.bincount(context, minlength=seen.size)
+                ones += np.bincount(context[bits != 0], minlength=ones.size)
                 found += int(bits.sum())
-                expected += int((here * 65536.0).astype(np.int64).sum())
-            in_column += out[row]
+                expected += int((density[part] * 65536.0).astype(np.int64).sum())
+            in_column += here
             total = int(in_column.sum())
-        gaps = np.diff(out.ravel().nonzero()[0], prepend=-1)
+        lines = out[lag + 1 :]
+        gaps = np.diff(lines.ravel().nonzero()[0], prepend=-1)
         huffman = huffman_bits(np.bincount(gaps)) if gaps.size else 0.0
         self._account(name, rows * columns, information, huffman)
-        return out
+        return lines
 
     def integers(self, name: str, values: Ints | None, count: int) -> Ints:
-        """Any 63-bit signed integers: the length of each is learned, its digits are raw."""
-        if values is None:
-            length = self.symbols(name, None, 64, count)
-        else:
-            folded = np.where(values < 0, -2 * values - 1, 2 * values)
-            length = self.symbols(name, np.array([int(v).bit_length() for v in folded]), 64, count)
-        out = np.zeros(count, dtype=np.int64)
-        for bit in range(63):  # the top digit of a number is known to be one
-            open_ = np.flatnonzero(length > bit + 1)
-            digits = None if values is None else folded[open_] >> bit & 1
-            got = self.symbols(name, digits, 2, open_.size) if open_.size else np.zeros(0, int)
-            out[open_] |= got << bit
-        out[length > 0] |= np.int64(1) << (length[length > 0] - 1)
-        return np.where(out & 1, -(out + 1) // 2, out // 2)
+        """Any 64-bit signed integers: the length of each is learned, then each binary place.
+
+        The sign is folded into the lowest place: 0, -1, 1, -2, … become 0, 1, 2, 3, ….
+        """
+        lengths = folded = None
+        if values is not None:
+            folded = ((values << 1) ^ (values >> 63)).view(np.uint64)
+            lengths = np.array([int(v).bit_length() for v in folded], dtype=np.int64)
+        length, bits, huffman = self._learned(lengths, 65, count)
+        out = np.zeros(count, dtype=np.uint64)
+        for place in range(63):
+            open_ = np.flatnonzero(length > place + 1)  # the top digit is known to be one
+            if not open_.size:
+                break
+            shift = np.uint64(place)
+            digits = None
+            if folded is not None:
+                digits = (folded[open_] >> shift & np.uint64(1)).astype(np.int64)
+            got, more, more_huffman = self._learned(digits, 2, open_.size)
+            out[open_] |= got.astype(np.uint64) << shift
+            bits, huffman = bits + more, huffman + more_huffman
+        top = length > 0
+        out[top] |= np.uint64(1) << (length[top] - 1).astype(np.uint64)
+        self._account(name, count, bits, huffman)
+        half = (out >> np.uint64(1)).view(np.int64)
+        return np.where(out & np.uint64(1), ~half, half)
 
     def plain(self, name: str, data: NDArray[np.uint8] | None, width: int, count: int) -> bytes:
         """`count` items of `width` bytes each; each byte of the item has a model of its own."""
         table = None if data is None else data.reshape(count, width)
         out = np.empty((count, width), dtype=np.uint8)
+        bits = huffman = 0.0
         for column in reversed(range(width)):
             given = None if table is None else table[:, column].astype(np.int64)
-            out[:, column] = self.symbols(name, given, 256, count)
+            got, more, more_huffman = self._learned(given, 256, count)
+            out[:, column] = got
+            bits, huffman = bits + more, huffman + more_huffman
+        self._account(name, count, bits, huffman)
         return out.tobytes()
 
 
@@ -178,7 +238,8 @@ class Encoder(Coder):
         self._coder = constriction.stream.queue.RangeEncoder()
 
     def _categorical(self, values: Ints | None, weights: Floats, count: int) -> Ints:
-        assert values is not None and len(values) == count
+        assert values is not None
+        assert len(values) == count
         if len(weights) > 1 and count:
             symbols = np.ascontiguousarray(values, dtype=np.int32)
             self._coder.encode(symbols, _model.Categorical(weights, perfect=False))
@@ -191,40 +252,60 @@ class Encoder(Coder):
         return bits
 
     def finish(self) -> bytes:
-        """The coded bytes. Zeros at the end are left out: the decoder reads them as given."""
+        """The coded bytes, up to seven zeros at the end left out: the decoder reads them as given.
+
+        No more than seven, so that a stream's length bounds what may be read from it.
+        """
         words: NDArray[np.uint32] = self._coder.get_compressed()
-        return words.astype("<u4").tobytes().rstrip(b"\0")
+        data = words.astype("<u4").tobytes()
+        return data[:-_MOST_CUT] + data[-_MOST_CUT:].rstrip(b"\0")
+
+    @property
+    def words(self) -> int:
+        """How many 32-bit words the stream takes so far."""
+        return int(self._coder.num_words())
 
 
 class Decoder(Coder):
-    """Reads what `Encoder` wrote, by the same calls in the same order."""
+    """Reads what `Encoder` wrote, by the same calls in the same order.
+
+    All that is read is encoded again, so that each sequence of numbers has one stream and no other
+    is accepted, and that a stream that runs dry is noticed before its zeros are taken for data.
+    """
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
         padded = data + b"\0" * (-len(data) % 4)
         words = np.frombuffer(padded, dtype="<u4").astype(np.uint32)
         self._coder = constriction.stream.queue.RangeDecoder(words)
+        self._again = Encoder()
+        self._data = data
 
     def _categorical(self, values: Ints | None, weights: Floats, count: int) -> Ints:
         if len(weights) == 1 or not count:
             return np.zeros(count, dtype=np.int64)
         model = _model.Categorical(weights, perfect=False)
-        return self._decode(lambda: self._coder.decode(model, count))
+        got = self._decode(lambda: self._coder.decode(model, count))
+        self._again._categorical(got, weights, count)
+        return got
 
     def _bernoulli(self, bits: Ints | None, ones: Floats) -> Ints:
-        return self._decode(lambda: self._coder.decode(_model.Bernoulli(perfect=False), ones))
+        got = self._decode(lambda: self._coder.decode(_model.Bernoulli(perfect=False), ones))
+        self._again._bernoulli(got, ones)
+        return got
 
-    @staticmethod
-    def _decode(read: Callable[[], Any]) -> Ints:
+    def _decode(self, read: Callable[[], Any]) -> Ints:
+        if self._again.words > len(self._data) // 4 + _MOST_CUT:
+            raise FormatError("the coded stream is cut short; the file is damaged")
         try:
             return np.asarray(read(), dtype=np.int64)
         except (AssertionError, ValueError) as error:
             raise FormatError(f"the coded stream is damaged: {error}") from error
 
     def finish(self) -> None:
-        """Refuse a stream that goes on after its last part."""
-        if not self._coder.maybe_exhausted():
-            raise FormatError("the coded stream goes on after its last part; the file is damaged")
+        """Refuse a stream that is not what these numbers encode to, as one that goes on."""
+        if self._again.finish() != self._data:
+            raise FormatError("the coded stream does not end where its numbers do; it is damaged")
 
 
 class Estimator(Coder):
@@ -237,6 +318,20 @@ class Estimator(Coder):
     def _bernoulli(self, bits: Ints | None, ones: Floats) -> Ints:
         assert bits is not None
         return bits
+
+
+def _half_octave(chance: Floats) -> Ints:
+    """0 for a chance in (0.707, 1), 1 for (0.5, 0.707], 2 for (0.354, 0.5], …"""
+    mantissa, exponent = np.frexp(chance)
+    return np.minimum(-2 * exponent.astype(np.int64) + (mantissa <= 0.70703125), _GUESSES - 1)
+
+
+def _best_lag(lines: Ints) -> int:
+    """The distance, above one line, at which ones most often stand above ones."""
+    few = lines[:, :512]
+    most = min(_MOST_LAG, len(few) - 1)
+    meets = [float((few[d:] & few[:-d]).mean()) for d in range(2, most + 1)]
+    return 2 + int(np.argmax(meets)) if meets else 1
 
 
 def huffman_bits(counts: Ints) -> float:

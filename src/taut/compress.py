@@ -35,7 +35,7 @@ from taut.modules import clone, device_of, tensor_at
 from taut.pack import load, pack
 from taut.plan import propose
 from taut.recipe import Recipe
-from taut.recoding import Recoding, chains, core, push
+from taut.recoding import Recoding, chains, core
 from taut.recover import Recover, recover
 from taut.statistics import Statistics
 from taut.task import Task
@@ -402,7 +402,7 @@ class _Trial:
                     technique = Recipe.parse(text).steps[0]
                     assert isinstance(technique, Recoding)
                     form, blank = technique.blank(core(self.model, site).detach())
-                    push(self.model, site, technique, form, blank)
+                    technique.place(self.model, site, form, blank)
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]

@@ -1,5 +1,7 @@
 """The errors Taut raises. Each message gives the rule, the value received and the remedy.
 
+Who catches TautError catches them all:
+
     TautError
     ├── TaskError        a task.py, its data or its loss is not of the form Taut needs
     ├── TraceError       the network cannot be traced

@@ -9,13 +9,15 @@ dense by reading its weights.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from taut.modules import drop_flat_weights
 from taut.recoding import PackedWeight
 
 
@@ -25,6 +27,7 @@ class Packed(nn.Module):
     packed: nn.ModuleDict
     runs_dense: bool
     _decoded: dict[str, Tensor]
+    _dtypes: dict[str, torch.dtype]  # of the parameters; packed parts keep their own
 
     def __getattr__(self, name: str) -> Any:
         packed = self.__dict__.get("_modules", {}).get("packed")
@@ -36,26 +39,33 @@ class Packed(nn.Module):
         """The dense weight: kept once the layer runs dense, else made anew at each call."""
         if name in self._decoded:
             return self._decoded[name]
-        dense = cast(PackedWeight, self.packed[name]).dense()
+        dense = cast(PackedWeight, self.packed[name]).dense().to(self._dtypes[name])
         if self.runs_dense:
             self._decoded[name] = dense
         return dense
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], by the weight's own product."""
+        return cast(PackedWeight, self.packed[name]).matmul(x)
 
     def run_dense(self, dense: bool) -> None:
         """Choose how the layer runs; what was decoded is dropped."""
         self.runs_dense = dense
         self._decoded.clear()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._decoded.clear()
-        return super()._apply(fn, recurse)
+        for name, dtype in self._dtypes.items():
+            self._dtypes[name] = fn(torch.empty(0, dtype=dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class _PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if self.runs_dense:
             return cast(Tensor, super().forward(x))
-        y = cast(PackedWeight, self.packed["weight"]).matmul(x)
+        y = self.product("weight", x)
         return y if self.bias is None else y + self.bias
 
 
@@ -77,13 +87,13 @@ class _PackedConv(Packed):
             for v in [cast("tuple[int, ...]", getattr(layer, n))]
         )
         windows = F.unfold(x, kernel, dilation, padding, stride)  # [n, in·window, places]
-        y = cast(PackedWeight, self.packed["weight"]).matmul(windows.transpose(1, 2))
+        y = self.product("weight", windows.transpose(1, 2))
         y = (y if layer.bias is None else y + layer.bias).transpose(1, 2)
         size = [
             (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
             for d in range(2)
         ]
-        y = y.reshape(x.shape[0], -1, *size)
+        y = y.reshape(*y.shape[:2], *size)
         return y.squeeze(2) if flat else y
 
 
@@ -91,11 +101,20 @@ class _PackedEmbedding(Packed):
     def forward(self, index: Tensor) -> Tensor:
         if self.runs_dense or cast(nn.Embedding, self).max_norm is not None:
             return cast(Tensor, super().forward(index))
-        return cast(PackedWeight, self.packed["weight"]).rows(index)
+        return cast(PackedWeight, self.packed["weight"]).rows(index).to(self._dtypes["weight"])
 
 
 class _PackedRecurrent(Packed):
     """LSTM, GRU and RNN: every step goes through the packed product of its weights."""
+
+    def run_dense(self, dense: bool) -> None:
+        super().run_dense(dense)
+        drop_flat_weights(cast(nn.RNNBase, self))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.run_dense(self.runs_dense)
+        return self
 
     def forward(self, x: Any, hx: Any = None) -> Any:
         if self.runs_dense or self.training:
@@ -126,8 +145,10 @@ class _PackedRecurrent(Packed):
         final = ends if layer.mode == "LSTM" else ends[0]
         if isinstance(x, PackedSequence):
             assert lengths is not None
-            packed = pack_padded_sequence(sequence, lengths.cpu(), enforce_sorted=False)
-            return packed, final
+            if x.sorted_indices is not None:
+                sequence, lengths = sequence[:, x.sorted_indices], lengths[x.sorted_indices]
+            data = pack_padded_sequence(sequence, lengths.cpu()).data
+            return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), final
         return (sequence.transpose(0, 1) if layer.batch_first else sequence), final
 
     def _start(self, sequence: Tensor, hx: Any) -> tuple[Tensor, ...]:
@@ -135,16 +156,14 @@ class _PackedRecurrent(Packed):
         if hx is not None:
             return hx if isinstance(hx, tuple) else (hx,)
         count = layer.num_layers * (2 if layer.bidirectional else 1)
-        hidden = sequence.new_zeros(
-            count, sequence.shape[1], layer.proj_size or layer.hidden_size
-        )
+        hidden = sequence.new_zeros(count, sequence.shape[1], layer.proj_size or layer.hidden_size)
         if layer.mode != "LSTM":
             return (hidden,)
         return hidden, sequence.new_zeros(count, sequence.shape[1], layer.hidden_size)
 
     def _times(self, name: str, x: Tensor) -> Tensor:
         if name in self.packed:
-            return cast(PackedWeight, self.packed[name]).matmul(x)
+            return self.product(name, x)
         return F.linear(x, getattr(self, name))
 
     def _run(
@@ -201,17 +220,18 @@ _KINDS: tuple[tuple[type[nn.Module], type[Packed]], ...] = (
 
 def pack_layer(module: nn.Module, weights: dict[str, PackedWeight]) -> None:
     """Replace parameters of a layer, by name, with packed weights, in place."""
-    if isinstance(module, Packed):
-        raise TypeError("the layer is packed already")
+    if isinstance(module, Packed) or hasattr(module, "packed"):
+        raise TypeError(f"{type(module).__name__} is packed already, or has its own `packed`")
     cls = type(module)
     mixin = next((m for k, m in _KINDS if getattr(cls, "forward", None) is k.forward), Packed)
+    dtypes = {name: getattr(module, name).dtype for name in weights}
     for name in weights:
         delattr(module, name)
     module.__class__ = type(f"Packed{cls.__name__}", (mixin, cls), {})
     layer = cast(Packed, module)
-    layer._decoded = {}
-    layer.runs_dense = True
+    layer._decoded, layer._dtypes = {}, dtypes
     layer.packed = nn.ModuleDict(cast("dict[str, nn.Module]", weights))
+    layer.run_dense(True)
 
 
 def packed_layers(model: nn.Module) -> dict[str, Packed]:

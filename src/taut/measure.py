@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
 from taut.modules import device_of, tensor_at
@@ -96,17 +99,43 @@ def peak_memory(model: nn.Module, example: Example) -> int:
         before = torch.cuda.memory_allocated(device)
         model(*args, **kwargs)
         return tensor_bytes(model) + torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    held = _Held()
+    with held:
         model(*args, **kwargs)
-    assert profiler.profiler is not None
-    results = profiler.profiler.kineto_results
-    assert results is not None
-    events = [e for e in results.events() if e.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return tensor_bytes(model) + peak
+    return tensor_bytes(model) + held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs))
+                 if isinstance(t, torch.Tensor)}  # fmt: skip
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), given)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at in given or at in self._alive:
+            return
+        self._alive.add(at)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, at, size)
+
+    def _drop(self, at: int, size: int) -> None:
+        self._alive.discard(at)
+        self.now -= size
 
 
 def _to(value: object, device: torch.device) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,10 @@ def parametrization(model: nn.Module, name: str) -> parametrize.ParametrizationL
 
 
 def parametrized_names(model: nn.Module) -> list[str]:
-    """The dotted names of all parameters that a parametrization computes."""
+    """The dotted names of all parameters that a parametrization computes, by every path."""
     return [
         f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
+        for path, module in model.named_modules(remove_duplicate=False)
         if parametrize.is_parametrized(module)
         for name in cast(nn.ModuleDict, module.parametrizations)
     ]
@@ -56,8 +56,7 @@ def clone(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
-            module._flat_weights = [None for _ in module._flat_weights_names]
-            module._flat_weight_refs = [_gone for _ in module._flat_weights_names]
+            drop_flat_weights(module)
     copied = copy.deepcopy(model)
     for module in copied.modules():
         if parametrize.is_parametrized(module):
@@ -82,6 +81,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
         plain = made.setdefault(cores[name], nn.Parameter(values[name]))
         module.register_parameter(parameter, plain)
     return copied
+
+
+def drop_flat_weights(layer: nn.RNNBase) -> None:
+    """Drop the weights that a recurrent layer keeps in a list; its next forward reads them anew."""
+    names = layer._flat_weights_names
+    kept = cast(Any, layer)
+    kept._flat_weights, kept._flat_weight_refs = [None] * len(names), [_gone] * len(names)
 
 
 _OF_THE_CLASS = {"__dict__", "__weakref__"}

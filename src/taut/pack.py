@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -23,12 +25,14 @@ from taut.coding import Decoder, Encoder, PartSize
 from taut.errors import FormatError, did_you_mean
 from taut.files import write_atomically
 from taut.layers import Packed, pack_layer
-from taut.modules import owner, parametrization, parametrized_names, tensor_at
+from taut.modules import device_of, owner, parametrization, parametrized_names
 from taut.recoding import FORMATS, PRECISIONS, Chain, PackedWeight, Plain
 
 MAGIC = b"TAUT\x01"
 DIGEST_BYTES = 8
 MOST_HEADER_BYTES = 1 << 24
+MOST_NAME = 512
+MOST_DIMENSIONS = 8
 MOST_DEPTH = 8
 # What a header of a small network repeats anyway; part of version 1 of the format.
 DICTIONARY = (
@@ -79,52 +83,79 @@ def pack(model: nn.Module, path: str | Path, precision: str = "auto") -> int:
     precision: of the numbers that no technique recodes (biases, norms): float32, float16,
         bfloat16, or auto, which is float16 where that rounds by less than 2**-10 of the tensor's
         own scale, else float32.
+
+    Raises FormatError for what a file cannot hold: complex numbers, numbers too large for the
+    precision, state that is no tensor. Raises RunError where the file cannot be written.
     """
-    if precision not in ("auto", "float32", "float16", "bfloat16"):
-        near = did_you_mean(precision, ("auto", *PRECISIONS))
-        raise FormatError(f"pack: precision must be one of PRECISIONS, got {precision!r}{near}")
+    choices = ("auto", *(n for n, d in PRECISIONS.items() if d.is_floating_point))
+    if precision not in choices:
+        near = did_you_mean(precision, choices)
+        raise FormatError(f"pack: there is no precision {precision!r}{near}")
     return write_atomically(path, encode(packed_state(model, precision)))
 
 
 def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, PackedWeight]:
-    """Every parameter and buffer of a model as a packed weight, in the model's own order."""
+    """Every parameter and buffer of a model as a packed weight: recoded ones, then the others."""
     found: dict[Names, PackedWeight] = {}
     for names, source in _tied(model).items():
-        if isinstance(source, PackedWeight):
-            found[names] = source
-        elif isinstance(source, Tensor):
-            found[names] = Plain.of(source, precision)
-        else:
-            links, core = source
-            found[names] = links.pack(core, precision)
+        try:
+            if isinstance(source, PackedWeight):
+                found[names] = source
+            elif isinstance(source, Tensor):
+                found[names] = Plain.of(source, precision)
+            else:
+                links, core = source
+                found[names] = links.pack(core, precision)
+        except FormatError as error:
+            raise FormatError(f"pack: {names[0]}: {error}") from error
     return found
 
 
 def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, Tensor]]:
     """What holds each tensor of the model, with the names of tied ones joined."""
     holds: dict[str, tuple[int, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
+    inner: list[str] = []  # where the parts lie that a weight stands for
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, Packed):
+            inner.append(f"{prefix}packed.")
             for name, packed in module.packed.items():
                 assert isinstance(packed, PackedWeight)
                 holds[prefix + name] = id(packed), packed
     for name in parametrized_names(model):
         found = parametrization(model, name)
         assert found is not None
-        if isinstance(found[0], Chain) and len(found) == 1:
-            holds[name] = id(found.original), (found[0], found.original)
-        else:
-            value = tensor_at(model, name)
-            holds[name] = id(found), value
-    for name, value in model.state_dict(keep_vars=True).items():
-        if ".parametrizations." not in f".{name}" and ".packed." not in f".{name}":
+        if not isinstance(found[0], Chain):
+            continue  # the user's own: what it computes from is stored
+        if len(found) > 1:
+            raise FormatError(
+                f"pack: {name} carries another parametrization on top of Taut's; remove it first "
+                "by torch.nn.utils.parametrize"
+            )
+        path, _, leaf = f".{name}".rpartition(".")
+        inner.append(f"{path}.parametrizations.{leaf}."[1:])
+        holds[name] = id(found.original), (found[0], found.original)
+    plain = _tensors(model)
+    for name, value in plain.items():
+        if not name.startswith(tuple(inner)):
             holds[name] = id(value), value
-    order = {n: i for i, n in enumerate(model.state_dict())}
+    order = {n: i for i, n in enumerate(plain)}
     joined: dict[int, list[str]] = {}
     for name in sorted(holds, key=lambda n: order.get(n, -1)):
         joined.setdefault(holds[name][0], []).append(name)
     return {tuple(names): holds[names[0]][1] for names in joined.values()}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model, by every name."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise FormatError(
+                f"{type(model).__name__}: {name} is {type(value).__name__}; a .taut file holds "
+                "tensors only, so keep such state out of the model"
+            )
+    return state
 
 
 def encode(state: Mapping[Names, PackedWeight]) -> bytes:
@@ -139,7 +170,9 @@ def encode(state: Mapping[Names, PackedWeight]) -> bytes:
     squeezer = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
     header = squeezer.compress(text) + squeezer.flush()
     body = MAGIC + _varint(len(header)) + header + coder.finish()
-    return body + xxhash.xxh3_64_digest(body)
+    data = body + xxhash.xxh3_64_digest(body)
+    _parse(data)  # refuse to write what would not be read
+    return data
 
 
 def _node(packed: PackedWeight) -> list[Any]:
@@ -167,10 +200,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     Raises FormatError for a file that is damaged or no .taut file, and for a model whose tensors
     differ from the file's in name or shape; the model is untouched then.
     """
-    entries, coder, _ = _open(Path(path))
+    entries, stream, _ = _open(Path(path))
     _check_fits(entries, model, Path(path))
-    state = _decode(entries, coder)
-    layers: dict[str, dict[str, PackedWeight]] = {}
+    with _naming(path):
+        state = _decode(entries, Decoder(stream))
+    layers: dict[nn.Module, dict[str, PackedWeight]] = {}
     with torch.no_grad():
         for names, packed in state.items():
             for name in names:
@@ -179,20 +213,25 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
                     held = getattr(module, leaf)
                     held.copy_(packed.dense().to(held.dtype))
                 else:
-                    layers.setdefault(name.rpartition(".")[0], {})[leaf] = packed
-    device = next(iter(model.state_dict().values())).device
-    for module_path, weights in layers.items():
-        layer = model.get_submodule(module_path)
+                    layers.setdefault(module, {})[leaf] = packed
+    device = device_of(model)
+    for layer, weights in layers.items():
         pack_layer(layer, weights)
         layer.to(device)
     return model.eval()
 
 
 def inspect(path: str | Path) -> FileSummary:
-    """What a file holds and what each part takes, without a model."""
-    path = Path(path)
-    entries, coder, size = _open(path)
-    state = _decode(entries, coder)
+    """What a file holds and what each part takes, without a model.
+
+    Raises FormatError for a file that is damaged or no .taut file, and for one that claims more
+    numbers than a file of its size plausibly holds (a model that is at hand bounds `load`).
+    """
+    entries, stream, size = _open(Path(path))
+    coder = Decoder(stream)
+    with _naming(path):
+        _check_claims(entries, size)
+        state = _decode(entries, coder)
     tensors = []
     for names, packed in state.items():
         start = names[0] + "."
@@ -211,58 +250,66 @@ class _Entry:
     node: list[Any]
 
 
-def _open(path: Path) -> tuple[list[_Entry], Decoder, int]:
-    """Check the container and its header; nothing of the stream is decoded yet."""
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with it."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def _open(path: Path) -> tuple[list[_Entry], bytes, int]:
+    """The entries, the coded stream and the file's size; the container and header are checked."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        entries, stream = _parse(data)
-        _check_bounds(entries, len(data))
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-    return entries, Decoder(stream), len(data)
+    with _naming(path):
+        return *_parse(data), len(data)
 
 
 def _parse(data: bytes) -> tuple[list[_Entry], bytes]:
     if data[:4] != MAGIC[:4]:
         what = "a pickle (torch.save)" if data[:2] in (b"\x80\x02", b"PK") else "something else"
         raise FormatError(f"not a .taut file but {what}; it must start with {MAGIC[:4]!r}")
-    if data[:5] != MAGIC:
-        version = data[4] if len(data) > 4 else None
-        raise FormatError(f"format version {version}, this Taut reads version 1; update Taut")
     if len(data) < len(MAGIC) + DIGEST_BYTES + 1:
         raise FormatError(f"{len(data)} bytes are too few for a .taut file; it is truncated")
+    if data[:5] != MAGIC:
+        raise FormatError(f"format version {data[4]}, this Taut reads version 1; update Taut")
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if xxhash.xxh3_64_digest(body) != digest:
         raise FormatError("the checksum does not match; the file is damaged or truncated")
     length, start = 0, len(MAGIC)
-    for shift in range(0, 35, 7):
-        if start >= len(body):
-            raise FormatError("the header's length is cut short")
-        byte = body[start]
+    for shift in range(0, 28, 7):
+        byte = body[start] if start < len(body) else 128
         start += 1
         length |= (byte & 127) << shift
         if byte < 128:
             break
+    if body[len(MAGIC) : start] != _varint(length):
+        raise FormatError("the header's length is damaged")
     if length > len(body) - start:
         raise FormatError(f"the header claims {length} bytes, the file has {len(body) - start}")
     return _entries(_inflate(body[start : start + length])), body[start + length :]
 
 
 def _inflate(header: bytes) -> Any:
-    most = min(MOST_HEADER_BYTES, 4096 + 1024 * len(header))
+    most = min(MOST_HEADER_BYTES, 4096 + 128 * len(header))
     inflater = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
     try:
         text = inflater.decompress(header, most)
-        if not inflater.eof:
+        if not inflater.eof or inflater.unused_data:
             raise FormatError(f"the header is damaged or larger than {most} bytes")
-        return json.loads(text)
+        return json.loads(text.decode(), parse_constant=_refuse_constant)
+    except FormatError:
+        raise
     except (zlib.error, ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"the header is damaged: {error}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise FormatError(f"the header holds {name}, which is not JSON")
 
 
 def _entries(header: Any) -> list[_Entry]:
@@ -271,19 +318,29 @@ def _entries(header: Any) -> list[_Entry]:
     found, seen = [], set[str]()
     for item in header:
         if not (isinstance(item, list) and len(item) == 3):
-            raise FormatError(f"a tensor is [name, shape, format], got {str(item)[:80]}")
+            raise FormatError(f"a tensor is [name, shape, format], got {reprlib.repr(item)}")
         names = tuple(item[0]) if isinstance(item[0], list) else (item[0],)
-        if not names or not all(isinstance(n, str) and n for n in names):
-            raise FormatError(f"a tensor's name must be text, got {str(item[0])[:80]}")
+        if not names or not all(_is_name(n) for n in names):
+            raise FormatError(
+                f"a tensor's name is printable text of up to {MOST_NAME} signs, got "
+                f"{reprlib.repr(item[0])}"
+            )
         if seen & set(names) or len(set(names)) < len(names):
             raise FormatError(f"tensor {names[0]!r} stands twice in the header")
         seen |= set(names)
         shape = item[1]
-        if not isinstance(shape, list) or len(shape) > 8 or not all(_is_size(n) for n in shape):
-            raise FormatError(f"{names[0]}: a shape is up to 8 sizes, got {str(shape)[:80]}")
+        good = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
+        if not good or not all(_is_size(n) for n in shape):
+            raise FormatError(
+                f"{names[0]}: a shape is up to {MOST_DIMENSIONS} sizes, got {reprlib.repr(shape)}"
+            )
         _check_node(item[2], names[0], MOST_DEPTH)
         found.append(_Entry(names, tuple(shape), item[2]))
     return found
+
+
+def _is_name(n: Any) -> bool:
+    return isinstance(n, str) and 0 < len(n) <= MOST_NAME and n.isprintable()
 
 
 def _is_size(n: Any) -> bool:
@@ -291,20 +348,24 @@ def _is_size(n: Any) -> bool:
 
 
 def _check_node(node: Any, name: str, depth: int) -> None:
-    good = isinstance(node, list) and 1 <= len(node) <= 3 and isinstance(node[0], str)
+    good = isinstance(node, list) and 1 <= len(node) <= 3 and _is_name(node[0])
     good = good and all(isinstance(part, dict) for part in node[1:])
+    good = good and all(isinstance(v, (str, int, float)) for m in node[1:2] for v in m.values())
     if not good or depth == 0:
-        raise FormatError(f"{name}: a format is [name, scalars, children], got {str(node)[:80]}")
+        raise FormatError(
+            f"{name}: a format is [name, scalars, parts], at most {MOST_DEPTH} deep, got "
+            f"{reprlib.repr(node)}"
+        )
     if node[0] not in FORMATS:
         raise FormatError(f"{name}: no format is named {node[0]!r}{did_you_mean(node[0], FORMATS)}")
     for child in (node[2] if len(node) > 2 else {}).values():
         _check_node(child, name, depth - 1)
 
 
-def _check_bounds(entries: list[_Entry], size: int) -> None:
+def _check_claims(entries: list[_Entry], size: int) -> None:
     """No file may claim so much that reading it would cost out of proportion to its size."""
-    claimed = sum(math.prod(e.shape) for e in entries)
-    most = (1 << 24) + 20_000 * size
+    claimed = sum(math.prod(max(n, 1) for n in e.shape) for e in entries)
+    most = (1 << 20) + 1000 * size
     if claimed > most:
         raise FormatError(
             f"its tensors claim {claimed:,} numbers, a file of {size:,} bytes may claim {most:,}"
@@ -314,7 +375,7 @@ def _check_bounds(entries: list[_Entry], size: int) -> None:
 def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
     if any(isinstance(m, Packed) for m in model.modules()):
         raise FormatError(f"{path}: the model is packed already; load into a freshly built one")
-    wants = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    wants = {n: tuple(t.shape) for n, t in _tensors(model).items()}
     has = {n: e.shape for e in entries for n in e.names}
     name = type(model).__name__
     lacking, extra = sorted(set(wants) - set(has)), sorted(set(has) - set(wants))
@@ -337,7 +398,10 @@ def _decode(entries: list[_Entry], coder: Decoder) -> dict[Names, PackedWeight]:
     state = {}
     for entry in entries:
         with coder.inside(entry.names[0]):
-            state[entry.names] = _read(coder, entry.shape, entry.node, entry.names[0])
+            packed = _read(coder, entry.shape, entry.node, entry.names[0])
+        if _node(packed) != entry.node:
+            raise FormatError(f"{entry.names[0]}: its format has scalars or parts that do nothing")
+        state[entry.names] = packed
     coder.finish()
     return state
 

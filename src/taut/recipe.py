@@ -1,18 +1,19 @@
 """Recipes: steps in order, as text and as objects.
 
+As text they read
+
     prune_weights(sparsity=0.92) > recover(epochs=8) > share_values(bits=5) > recover(epochs=4)
 """
 
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from taut.errors import RecipeError, did_you_mean
-from taut.technique import STEPS, Step
+from taut.technique import STEPS, Step, interval
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Recipe:
         if isinstance(text, Recipe):
             return text
         if not isinstance(text, str):
-            return cls(tuple(text))
+            return cls(_steps(text))
+        text = text.strip()
         try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError) as error:
+            tree = ast.parse(text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise RecipeError(
                 f"a recipe is steps joined by '>', like 'prune_weights(sparsity=0.9) > "
                 f"recover(epochs=3)', got {text!r} ({error})"
@@ -48,13 +50,21 @@ class Recipe:
         return cls(tuple(_step(node, text) for node in nodes))
 
 
+def _steps(given: Any) -> tuple[Step, ...]:
+    steps = tuple(given) if isinstance(given, Sequence) else (given,)
+    for step in steps:
+        if not isinstance(step, Step):
+            raise RecipeError(f"a recipe is text or a sequence of steps, got {step!r}")
+    return steps
+
+
 def _step(node: ast.expr, text: str) -> Step:
     if isinstance(node, ast.Name):
         node = ast.Call(func=node, args=[], keywords=[])
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
         raise RecipeError(
             f"a step is a name with named options, like share_values(bits=5), got "
-            f"{ast.unparse(node)!r} in {text!r}"
+            f"{ast.get_source_segment(text, node)!r} in {text!r}"
         )
     name = node.func.id
     if name not in STEPS:
@@ -66,11 +76,14 @@ def _step(node: ast.expr, text: str) -> Step:
         if keyword.arg not in known:
             near = did_you_mean(str(keyword.arg), known)
             raise RecipeError(f"{name} has no option {keyword.arg!r}{near}")
+        if keyword.arg in options:
+            raise RecipeError(f"{name}: {keyword.arg} is given twice in {text!r}")
         try:
             options[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RecipeError(
-                f"{name}: {keyword.arg} must be a plain value, got {ast.unparse(keyword.value)!r}"
+                f"{name}: {keyword.arg} must be a plain value, got "
+                f"{ast.get_source_segment(text, keyword.value)!r}"
             ) from error
     return cls(**options)
 
@@ -79,8 +92,5 @@ def describe_range(rule: Any) -> str:
     """An option's range in words, for tables: `[0, 1)`, `linear | density`, or nothing."""
     if rule["choices"]:
         return " | ".join(rule["choices"])
-    low, high, below = rule["low"], rule["high"], rule["below"]
-    if low is None and high is None and below is None:
-        return ""
-    right = f"{high:g}]" if high is not None else f"{below:g})" if below is not None else "inf)"
-    return f"[{low if low is not None else -math.inf:g}, {right}"
+    limits = (rule["low"], rule["high"], rule["below"])
+    return "" if limits == (None, None, None) else interval(rule)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from taut.coding import Coder
@@ -45,7 +45,7 @@ class PackedWeight(nn.Module, ABC):
     """A weight as it is stored and run: integer and float parts, no dense copy.
 
     The parts are buffers and child PackedWeights, so they move between devices with the module
-    that holds them. shape: the weight's.
+    that holds them; they keep their dtype, whatever the module is cast to. shape: the weight's.
     """
 
     format: ClassVar[str]
@@ -81,7 +81,7 @@ class PackedWeight(nn.Module, ABC):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], the weight seen as [out, in] (later dimensions joined)."""
-        return F.linear(x, self.dense().flatten(1))
+        return F.linear(x, self.dense().flatten(1).to(x.dtype))
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""
@@ -90,6 +90,14 @@ class PackedWeight(nn.Module, ABC):
     def count_nonzero(self) -> int:
         """How many of its numbers are not zero."""
         return int(self.dense().count_nonzero())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(part: Tensor) -> Tensor:
+            moved = fn(part)
+            return moved if moved.dtype is part.dtype else part.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 FORMATS: dict[str, type[PackedWeight]] = {}
@@ -112,6 +120,13 @@ def register_format(name: str) -> Callable[[type[P]], type[P]]:
 
     return register
 
+
+# How each is written: as little-endian integers of the same width.
+_BITS = {
+    torch.float32: (torch.int32, "<i4"),
+    torch.float16: (torch.int16, "<i2"),
+    torch.bfloat16: (torch.int16, "<i2"),
+}
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -136,8 +151,14 @@ class Plain(PackedWeight):
         """Floats rounded to `precision`: a name in PRECISIONS, or `auto`.
 
         auto is float16 where its rounding stays under 2**-10 of the tensor's own root mean square,
-        else float32. Integers are kept as they are.
+        else float32. Integers are kept as they are. Raises FormatError for complex numbers and for
+        numbers too large for the precision.
         """
+        if values.is_complex():
+            raise FormatError(
+                f"plain.v1 holds real numbers, got {values.dtype}; keep them in the model as two "
+                "real tensors (torch.view_as_real)"
+            )
         if not values.is_floating_point():
             return cls(values.to(torch.int64))
         if precision == "auto":
@@ -145,7 +166,13 @@ class Plain(PackedWeight):
             error = (exact.to(torch.float16).float() - exact).abs().max() if exact.numel() else 0.0
             scale = exact.square().mean().sqrt() if exact.numel() else 0.0
             precision = "float16" if float(error) <= 2.0**-10 * float(scale) else "float32"
-        return cls(values.to(PRECISIONS[precision]))
+        rounded = values.to(PRECISIONS[precision])
+        if not torch.equal(rounded.isinf(), values.isinf()):
+            raise FormatError(
+                f"{precision} cannot hold numbers as large as {values.abs().max():.3g}; "
+                + ("scale them down" if precision == "float32" else "use precision='float32'")
+            )
+        return cls(rounded)
 
     @property
     def precision(self) -> str:
@@ -159,19 +186,21 @@ class Plain(PackedWeight):
         if flat.dtype is torch.int64:
             coder.integers("values", flat.numpy(), flat.numel())
         else:
-            raw = flat.view(torch.uint8).numpy()
+            same_bits, written = _BITS[flat.dtype]
+            raw = flat.view(same_bits).numpy().astype(written).view(np.uint8)
             coder.plain("values", raw, flat.element_size(), flat.numel())
 
     @classmethod
     def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
         precision = meta.get("as", "float16")
-        if precision not in PRECISIONS:
+        if not isinstance(precision, str) or precision not in PRECISIONS:
             raise FormatError(f"plain.v1 has no precision {precision!r}")
         dtype, count = PRECISIONS[precision], math.prod(shape)
         if dtype is torch.int64:
             return cls(torch.from_numpy(coder.integers("values", None, count)).reshape(shape))
-        raw = np.frombuffer(coder.plain("values", None, dtype.itemsize, count), np.uint8)
-        return cls(torch.from_numpy(raw.copy()).view(dtype).reshape(shape))
+        written = _BITS[dtype][1]
+        raw = np.frombuffer(coder.plain("values", None, dtype.itemsize, count), written)
+        return cls(torch.from_numpy(raw.astype(written[1:])).view(dtype).reshape(shape))
 
     def dense(self) -> Tensor:
         return self.values.float() if self.values.is_floating_point() else self.values
@@ -231,13 +260,6 @@ class Chain(nn.Module):
             core = form(core)
         return found
 
-    def matters(self, core: Tensor) -> Tensor | None:
-        """Which entries of the innermost core count."""
-        kept: Tensor | None = None
-        for form, its_core in self.stages(core):
-            kept = form.matters(its_core, kept)
-        return kept
-
     def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
         """The packed weight; whatever no form recodes is stored at `precision`."""
         stages = self.stages(core.detach())
@@ -282,16 +304,39 @@ class Recoding(Technique):
         Where that was written by this very technique, it is written anew: a stronger mask
         replaces the weaker one.
         """
+        links = chain(model, site)
+        again = links is not None and links.recipe[-1].name == self.name
         with torch.no_grad():
-            links = chain(model, site)
-            if links is not None and links.recipe and links.recipe[-1].name == self.name:
-                form, inner = links.stages(core(model, site))[-1]
-                links.forms.pop(-1)
-                links.recipe.pop()
-                replace_core(model, site, form(inner))
-            matters = links.matters(core(model, site)) if links is not None else None
-            form, new = self.fit(core(model, site).detach(), matters, site, statistics)
-        push(model, site, self, form, new)
+            stages = links.stages(core(model, site)) if links is not None else []
+            held = core(model, site).detach()
+            if again:
+                form, its_core = stages.pop()
+                held = form(its_core)
+            matters: Tensor | None = None
+            for form, its_core in stages:
+                matters = form.matters(its_core, matters)
+            form, new = self.fit(held, matters, site, statistics)
+        if links is not None and again:
+            links.forms.pop(-1)
+            links.recipe.pop()
+        self.place(model, site, form, new)
+
+    def place(self, model: nn.Module, site: Site, form: Form, new: Tensor) -> None:
+        """Put a form on the site, innermost, decoding the new core."""
+        links = chain(model, site)
+        if links is None:
+            if parametrization(model, site.name) is not None:
+                raise RecipeError(
+                    f"{self.name}: site {site.name!r} already carries another parametrization "
+                    "(weight_norm?); remove it first by torch.nn.utils.parametrize"
+                )
+            links = Chain()
+            for name in site.names:
+                if parametrization(model, name) is None:  # one module may go by several paths
+                    parametrize.register_parametrization(*owner(model, name), links, unsafe=True)
+        links.forms.append(form.to(new.device))
+        links.recipe.append(self)
+        replace_core(model, site, new)
 
 
 # ---- sites of a live model ------------------------------------------------------------------
@@ -314,7 +359,7 @@ def chains(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[Site, Chai
 def core(model: nn.Module, site: Site) -> Tensor:
     """What is trained at the site: the innermost core, or the weight itself."""
     found = parametrization(model, site.name)
-    return tensor_at(model, site.name) if found is None else cast(Tensor, found.original)
+    return tensor_at(model, site.name) if found is None else found.original
 
 
 def replace_core(model: nn.Module, site: Site, new: Tensor) -> None:
@@ -324,21 +369,3 @@ def replace_core(model: nn.Module, site: Site, new: Tensor) -> None:
         found = parametrization(model, name)
         assert found is not None
         found.original = trained
-
-
-def push(model: nn.Module, site: Site, technique: Recoding, form: Form, new: Tensor) -> None:
-    """Put a form on the site, innermost, decoding the new core."""
-    links = chain(model, site)
-    if links is None:
-        if parametrization(model, site.name) is not None:
-            raise RecipeError(
-                f"{technique.name}: site {site.name!r} already carries another parametrization "
-                "(weight_norm?); remove it first by torch.nn.utils.parametrize"
-            )
-        links = Chain()
-        for name in site.names:
-            parametrize.register_parametrization(*owner(model, name), links, unsafe=True)
-    links.forms.append(form.to(new.device))
-    links.recipe.append(technique)
-    replace_core(model, site, new)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,17 +24,22 @@ class Curve:
     losses: tuple[float, ...]
     baseline: float
 
-    def sparsity_at(self, damage: float) -> float:
-        """The largest sparsity up to which the loss grows by at most `damage`."""
-        last_sparsity, last_damage = 0.0, 0.0
-        worst = 0.0  # the curve is read as rising: later dips are luck
-        for sparsity, loss in zip(self.sparsities, self.losses, strict=True):
-            worst = max(worst, loss - self.baseline)
-            if worst > damage:
-                share = (damage - last_damage) / max(worst - last_damage, 1e-12)
-                return last_sparsity + share * (sparsity - last_sparsity)
-            last_sparsity, last_damage = sparsity, worst
-        return last_sparsity
+    def slopes(self, numel: int) -> list[tuple[float, float]]:
+        """(damage a weight, weights) of the curve's lower convex hull, in rising order.
+
+        Where a step costs less than the one before, the two are joined: the losses of the hull
+        never promise more than the curve does.
+        """
+        points = [(0.0, 0.0), *zip(self.sparsities, self.losses, strict=True)]
+        worst, hull = 0.0, list[tuple[float, float]]()  # (damage, weights) of each segment
+        for (before, _), (sparsity, loss) in itertools.pairwise(points):
+            damage = max(0.0, loss - self.baseline - worst)
+            worst += damage
+            hull.append((damage, (sparsity - before) * numel))
+            while len(hull) > 1 and hull[-1][0] * hull[-2][1] <= hull[-2][0] * hull[-1][1]:
+                last = hull.pop()
+                hull[-1] = (hull[-1][0] + last[0], hull[-1][1] + last[1])
+        return [(damage / weights, weights) for damage, weights in hull]
 
 
 class Statistics:
@@ -54,22 +60,28 @@ class Statistics:
             self._curves[site.name] = self._scan(site)
         return self._curves[site.name]
 
-    def equal_damage(self, sites: tuple[Site, ...], sparsity: float) -> dict[str, float]:
-        """Sparsities whose damages are equal and which remove `sparsity` of all the weights."""
-        curves = {s.name: self.sensitivity(s) for s in sites}
+    def least_damage(self, sites: tuple[Site, ...], sparsity: float) -> dict[str, float]:
+        """Sparsities that remove `sparsity` of all the weights at the least summed damage.
+
+        The weights go in the order of what they cost, so that at the end one more weight would
+        cost the same at every site.
+        """
+        steps = sorted(
+            (slope, i, weights)
+            for i, site in enumerate(sites)
+            for slope, weights in self.sensitivity(site).slopes(site.numel)
+        )
         total = sum(s.numel for s in sites)
-
-        def removed(damage: float) -> float:
-            return sum(curves[s.name].sparsity_at(damage) * s.numel for s in sites) / total
-
-        low, high = 0.0, max(max(c.losses) for c in curves.values()) + 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if removed(middle) < sparsity else (low, middle)
-        each = {name: curve.sparsity_at(high) for name, curve in curves.items()}
-        reached = removed(high)
-        if reached < sparsity:  # beyond the last point scanned all sites shrink alike
-            each = {n: 1 - (1 - s) * (1 - sparsity) / (1 - reached) for n, s in each.items()}
+        left = sparsity * total
+        removed = [0.0] * len(sites)
+        for _, i, weights in steps:
+            taken = min(weights, left)
+            removed[i] += taken
+            left -= taken
+        each = {s.name: r / s.numel for s, r in zip(sites, removed, strict=True)}
+        if left > 0:  # beyond the last point scanned all sites shrink alike
+            kept = (1 - sparsity) * total / (total - sum(removed))
+            each = {n: 1 - (1 - s) * kept for n, s in each.items()}
         return each
 
     @torch.no_grad()

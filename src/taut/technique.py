@@ -39,6 +39,14 @@ def option(
     return field(default=default, metadata={**limits, "unit": unit, "help": help})
 
 
+def interval(rule: Mapping[str, Any]) -> str:
+    """An option's limits as an interval, like `[0, 1)`."""
+    low, high, below = rule["low"], rule["high"], rule["below"]
+    left = "(-inf" if low is None else f"[{low:g}"
+    right = f"{high:g}]" if high is not None else f"{below:g})" if below is not None else "inf)"
+    return f"{left}, {right}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of a recipe: a technique or a recovery. Its options are checked when it is made."""
@@ -52,7 +60,7 @@ class Step:
 
     def _check(self, name: str, value: Any, hint: Any, rule: Mapping[str, Any]) -> None:
         kinds = get_args(hint) or (hint,)
-        if float in kinds and type(value) is int:
+        if float in kinds and type(value) is int and abs(value) < 2**1023:
             value = float(value)
             object.__setattr__(self, name, value)
         if type(value) not in kinds:
@@ -63,11 +71,11 @@ class Step:
             raise RecipeError(f"{self.name}: {name} has no choice {value!r}{near}")
         if type(value) in (int, float):
             low, high, below = (rule[k] for k in ("low", "high", "below"))
-            fits = math.isfinite(value) and (low is None or value >= low)
-            if not fits or (high is not None and value > high) or (below and value >= below):
-                left = "(-inf" if low is None else f"[{low:g}"
-                right = f"{high:g}]" if high is not None else f"{below:g})" if below else "inf)"
-                raise RecipeError(f"{self.name}: {name} must lie in {left}, {right}, got {value!r}")
+            finite = type(value) is int or math.isfinite(value)
+            fits = finite and (low is None or value >= low)
+            fits = fits and (high is None or value <= high) and (below is None or value < below)
+            if not fits:
+                raise RecipeError(f"{self.name}: {name} must lie in {interval(rule)}, got {value!r}")
 
     def __str__(self) -> str:
         """The text that a recipe would use: the options that differ from their defaults."""
@@ -92,6 +100,9 @@ def register_step(cls: type[S]) -> type[S]:
     A registered technique is picked up by the command line, the search and the contract tests.
     """
     cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+    bare = [f.name for f in fields(cls) if "choices" not in f.metadata]
+    if bare:
+        raise RecipeError(f"{cls.name}: {bare[0]} must be declared by option(default, ...)")
     if cls.name in STEPS:
         raise RecipeError(f"two steps are named {cls.name!r}; rename one")
     STEPS[cls.name] = cls
@@ -118,7 +129,7 @@ class Technique(Step, ABC):
 
     def _matches(self, site: Site) -> bool:
         patterns = [p.strip() for p in self.only.split(",")]
-        barred = [p[1:] for p in patterns if p.startswith("!")]
+        barred = [p[1:].strip() for p in patterns if p.startswith("!")]
         wanted = [p for p in patterns if not p.startswith("!")] or ["*"]
 
         def fits(globs: list[str]) -> bool:

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 
 def lookup_matmul(x: Tensor, index: Tensor, table: Tensor) -> Tensor:
@@ -12,7 +12,7 @@ def lookup_matmul(x: Tensor, index: Tensor, table: Tensor) -> Tensor:
 
     x: [..., in] float; index: [out, in] integers in [0, len(table)); table: [entries] float.
     """
-    return F.linear(x, table[index.long()])
+    return F.linear(x, table[index.long()].to(x.dtype))
 
 
 def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -23,4 +23,4 @@ def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int
     """
     flat = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     flat[positions.long()] = values
-    return F.linear(x, flat.reshape(shape[0], -1))
+    return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))

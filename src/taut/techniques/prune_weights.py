@@ -6,9 +6,11 @@ How many each site keeps follows from a fraction (of each layer, of all layers t
 out by sensitivity), from one threshold, or from Han's rule, threshold = quality · std(W).
 
 Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks
-(NIPS 2015). Where we differ: the sensitivity rule finds the layers' strengths by itself, as the
-largest whose damage, each layer alone and before recovery, is the same everywhere; positions are
-coded as a bitmap under a learned model of rows and columns instead of gaps of fixed width.
+(NIPS 2015). Where we differ: the sensitivity rule finds the layers' strengths by itself, as those
+that do the least summed damage before recovery; by default no scan is needed and layers are
+balanced by LAMP scores, w² / Σ of the layer's squares that are no smaller (Lee et al., ICLR 2021),
+which never empty a layer; positions are coded as a bitmap under a learned model of rows and
+columns instead of gaps of fixed width.
 """
 
 from __future__ import annotations
@@ -59,9 +61,10 @@ class PruneWeights(Recoding):
     sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
     scope: str = option(
         "sensitivity",
-        choices=("sensitivity", "layer", "global"),
-        help="what the fraction is of: each layer, all weights ranked together, or all weights "
-        "shared out so that each layer does equal damage",
+        choices=("sensitivity", "lamp", "global", "layer"),
+        help="what the fraction is of: each layer, or all weights together, ranked by magnitude "
+        "(global), by magnitude relative to the layer's larger ones (lamp), or shared out by a "
+        "scan of each layer's sensitivity",
     )
     threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
     quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
@@ -82,12 +85,13 @@ class PruneWeights(Recoding):
         weights = {s.name: tensor_at(model, s.name).detach().abs() for s in sites}
         if self.threshold is not None or self.quality is not None or self.scope == "layer":
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
-        elif self.scope == "global":
-            every = torch.cat([w.flatten() for w in weights.values()])
-            cut = every.kthvalue(max(1, round(self.sparsity * every.numel()))).values
-            sparsity = {n: float((w <= cut).double().mean()) for n, w in weights.items()}
+        elif self.scope == "sensitivity":
+            sparsity = statistics.least_damage(sites, self.sparsity)
         else:
-            sparsity = statistics.equal_damage(sites, self.sparsity)
+            ranks = {n: _lamp(w) if self.scope == "lamp" else w for n, w in weights.items()}
+            every = torch.cat([r.flatten() for r in ranks.values()])
+            cut = every.kthvalue(max(1, round(self.sparsity * every.numel()))).values
+            sparsity = {n: float((r <= cut).double().mean()) for n, r in ranks.items()}
         highest = 1 - self.floor
         return {
             n: replace(
@@ -115,7 +119,7 @@ class PruneWeights(Recoding):
         kept = max(1, round((1 - self.sparsity) * count))
         p = kept / count
         entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
-        return count * entropy / 8 + (2.0 * kept if inner is None else inner(kept))
+        return count * entropy / 8 + (_plain_bytes(kept, p) if inner is None else inner(kept))
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         return Mask(torch.ones_like(core, dtype=torch.bool)), core
@@ -230,6 +234,25 @@ class SparseWeight(PackedWeight):
 
     def count_nonzero(self) -> int:
         return self.values.count_nonzero()
+
+
+def _plain_bytes(kept: int, fraction: float) -> float:
+    """Coded bytes of float16 values of which only the largest magnitudes were kept.
+
+    The low byte is noise. The high one holds sign, exponent and two digits: the fewer are kept,
+    the closer together their magnitudes lie.
+    """
+    octaves = -math.log2(1 - fraction) if fraction < 1 else math.inf
+    high_bits = 1.3 + min(4.0, math.log2(1 + 4 * octaves))
+    return kept * (1 + high_bits / 8)
+
+
+def _lamp(magnitudes: Tensor) -> Tensor:
+    """w² over the sum of all squares in the layer that are no smaller."""
+    squares, order = magnitudes.flatten().double().square().sort(descending=True)
+    score = torch.empty_like(squares)
+    score[order] = squares / squares.cumsum(0).clamp(min=1e-300)
+    return score.reshape(magnitudes.shape)
 
 
 def _say_what_is_empty(site: Site, mask: Tensor) -> None:

@@ -1,0 +1,78 @@
+"""What every benchmark shares: its options, its table of figures, its record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taut.compress import machine, versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One stated figure: what was measured, what is asked of it, and the paper's own."""
+
+    name: str
+    paper: str
+    ours: float
+    asked: float
+    at_most: bool
+    unit: str = ""
+    command: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.ours <= self.asked if self.at_most else self.ours >= self.asked
+
+
+def run(title: str, measure: Callable[[argparse.Namespace], list[Figure]]) -> None:
+    """Parse the options, measure, print the table, and keep or check the figures as asked.
+
+    --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
+    naming the figure, when one falls short. --seed: of everything random.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--quick", action="store_true", help="a tiny pass that CI runs")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--check", action="store_true", help="fail when a figure falls short")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    figures = measure(options)
+    Console().print(_table(title, figures))
+    if options.json:
+        record: dict[str, Any] = {
+            "title": title,
+            "quick": options.quick,
+            "seed": options.seed,
+            "versions": versions(),
+            "machine": machine(),
+            "figures": [{**asdict(f), "holds": f.holds} for f in figures],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    short = [f.name for f in figures if not f.holds]
+    if options.check and short:
+        sys.exit(f"falls short: {', '.join(short)}")
+
+
+def _table(title: str, figures: list[Figure]) -> Table:
+    table = Table(title=title)
+    for column in ("figure", "paper", "asked", "ours", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for f in figures:
+        asked = f"{'≤' if f.at_most else '≥'} {f.asked:,.6g}{f.unit}"
+        table.add_row(
+            f.name, f.paper, asked, f"{f.ours:,.6g}{f.unit}", "" if f.holds else "falls short"
+        )
+    return table

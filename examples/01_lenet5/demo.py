@@ -1,0 +1,37 @@
+"""`make demo`: a LeNet-5 in, a file 39 times smaller out, and the proof that it still works."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RECIPE = (
+    "prune_weights(sparsity=0.95, steps=3) > recover(epochs=4) > share_values(bits=4) > "
+    "recover(epochs=2)"
+)
+
+
+def taut(*arguments):
+    """Run Taut in a process of its own and return what it printed as JSON."""
+    command = [sys.executable, "-m", "taut.cli", *map(str, arguments)]
+    if "--json" not in arguments:
+        return subprocess.run(command, check=True)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def main():
+    task, folder = HERE / "task.py", Path("runs/demo")
+    taut("compress", task, "--recipe", RECIPE, "--run-folder", folder, "--fresh")
+    print("reading net.taut back in a fresh process")
+    promised = json.loads((folder / "run.json").read_text())
+    promised = promised["candidates"][promised["chosen"]]["measurement"]
+    again = taut("measure", task, folder / "net.taut", "--json")["net.taut"]
+    if again["score"] != promised["score"]:
+        sys.exit(f"the score was {promised['score']} and is {again['score']} after reloading")
+    print(f"the same score to the digit: {again['score']}")
+    print(f"report: {(folder / 'report.html').resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""The command line: arguments and printing only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from taut.compress import Result, Watch, compress
+from taut.errors import TaskError, TautError
+from taut.goal import is_goal
+from taut.measure import measure
+from taut.modules import clone
+from taut.pack import FileSummary, inspect, load
+from taut.recipe import describe_range
+from taut.report import write_report
+from taut.task import Task, load_task
+from taut.technique import STEPS, techniques
+from taut.trace import trace
+from taut.types import EpochRecord, Measurement
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Makes trained neural networks smaller and faster, and measures that it did.",
+)
+out, err = Console(), Console(stderr=True)
+
+TaskFile = Annotated[Path, typer.Argument(help="a Python file with model(), train() and test()")]
+TautFile = Annotated[Path, typer.Argument(help="a .taut file")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+
+EXIT_NOT_MET = 3  # the run went well, but a bound of the goal does not hold
+
+
+def main() -> None:
+    """Run the command line; what Taut refuses is one line on stderr, and exit code 2."""
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    try:
+        app()
+    except TautError as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(2) from error
+
+
+@app.command("compress")
+def compress_command(
+    task_file: TaskFile,
+    recipe: Annotated[
+        str | None, typer.Option(help="steps joined by '>': what to do, in order")
+    ] = None,
+    goal: Annotated[
+        str | None, typer.Option(help="bounds to keep, like 'bytes<=5%, score>=-0.5%'")
+    ] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option(help="where everything goes; by default runs/<name>")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
+    ] = "auto",
+    epochs: Annotated[int, typer.Option(help="with --goal: recovery in the first trial")] = 12,
+    trials: Annotated[int, typer.Option(help="with --goal: how many trials at most")] = 5,
+    fresh: Annotated[bool, typer.Option(help="forget an earlier run of the same name")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a network by --recipe, or to a --goal. Started again, it goes on where it was.
+
+    Exit code 3 means that the run went well but a bound of the goal does not hold.
+    """
+    wanted = _wanted(recipe, goal)
+    task, model = _load(task_file)
+    with _progress(quiet=as_json) as watch:
+        result = compress(
+            model, task, wanted, folder=run_folder, seed=seed, precision=precision,
+            epochs=epochs, trials=trials, fresh=fresh, watch=watch,
+        )  # fmt: skip
+        report = write_report(result, model)
+    if as_json:
+        _print_json(_result_json(result, report))
+    else:
+        _print_result(result, report)
+    if not result.met:
+        raise typer.Exit(EXIT_NOT_MET)
+
+
+def _wanted(recipe: str | None, goal: str | None) -> str:
+    if (recipe is None) == (goal is None):
+        raise typer.BadParameter("give either --recipe or --goal")
+    wanted = recipe if recipe is not None else goal
+    assert wanted is not None
+    if (goal is None) == is_goal(wanted):
+        other = "--goal" if goal is None else "--recipe"
+        raise typer.BadParameter(f"{wanted!r} belongs to {other}")
+    return wanted
+
+
+@app.command("measure")
+def measure_command(
+    task_file: TaskFile,
+    taut_file: Annotated[Path | None, typer.Argument(help="a .taut file of this network")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the task's network, and beside it the one in a .taut file."""
+    task, model = _load(task_file)
+    traced = trace(model, task.example())
+    found = {"original": measure(model, task, traced)}
+    if taut_file is not None:
+        packed = load(taut_file, clone(model))
+        size = taut_file.stat().st_size
+        found[taut_file.name] = measure(packed, task, traced, size_bytes=size)
+    if as_json:
+        _print_json({name: m.to_json() for name, m in found.items()})
+    else:
+        out.print(_table(found))
+
+
+@app.command("inspect")
+def inspect_command(taut_file: TautFile, as_json: AsJson = False) -> None:
+    """Show what a .taut file holds: bytes by tensor and part, bits a weight, Huffman's bytes."""
+    summary = inspect(taut_file)
+    if as_json:
+        tensors = [
+            {
+                "names": t.names, "shape": t.shape, "format": t.format,
+                "size_bytes": t.size_bytes, "parts": {k: vars(p) for k, p in t.parts.items()},
+            }
+            for t in summary.tensors
+        ]  # fmt: skip
+        _print_json({
+            "size_bytes": summary.size_bytes, "overhead_bytes": summary.overhead_bytes,
+            "tensors": tensors,
+        })  # fmt: skip
+    else:
+        out.print(_inspection(summary))
+
+
+@app.command("techniques")
+def techniques_command() -> None:
+    """List the techniques, their options and the ranges that they take."""
+    for name in sorted(STEPS, key=lambda n: (n not in techniques(), n)):
+        cls = STEPS[name]
+        first = (cls.__doc__ or "").strip().splitlines()[0]
+        table = Table(title=f"[bold]{name}[/]  {first}", title_justify="left", expand=True)
+        for column in ("option", "default", "range", "unit", "meaning"):
+            table.add_column(column, ratio=3 if column == "meaning" else 1)
+        for f in cls.options():
+            rule = f.metadata
+            table.add_row(
+                f.name, repr(f.default), describe_range(rule).replace("[", "\\["), rule["unit"],
+                rule["help"],
+            )  # fmt: skip
+        out.print(table)
+
+
+# ---- loading and showing --------------------------------------------------------------------
+
+
+def _load(path: Path) -> tuple[Task, nn.Module]:
+    task = load_task(path)
+    if task.model is None:
+        raise TaskError(f"{path} lacks a function model()")
+    return task, task.model().eval()
+
+
+class _Bar(Watch):
+    """Shows a run as a progress bar with the last score."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.bar = progress.add_task("", total=None, visible=False)
+
+    def say(self, text: str) -> None:
+        self.progress.update(self.bar, visible=False)
+        self.progress.console.print(f"[dim]·[/] {text}", highlight=False)
+
+    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int) -> None:
+        done = (epoch - 1) * batches + batch
+        self.progress.update(
+            self.bar, completed=done, total=epochs * batches, visible=True,
+            description=f"  epoch {epoch}/{epochs}",
+        )  # fmt: skip
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        self.progress.console.print(
+            f"  epoch {record.epoch}  loss {record.loss:.4f}  score {record.score:.4f}  "
+            f"[dim]{record.seconds:.1f} s[/]",
+            highlight=False,
+        )
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Watch]:
+    if quiet:
+        yield Watch()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as progress:
+        yield _Bar(progress)
+
+
+def _print_result(result: Result, report: Path) -> None:
+    out.print(_table({"original": result.original, "net.taut": result.measurement}))
+    for verdict in result.verdicts:
+        word = "[green]met[/]" if verdict.holds else "[bold red]not met[/]"
+        out.print(
+            f"  {word}  {verdict.bound.text}: asked {verdict.bound.relation} "
+            f"{verdict.asked:,.6g}, reached {verdict.reached:,.6g}",
+            highlight=False,
+        )
+    if not result.met:
+        out.print("  [yellow]this is the nearest that was found[/]")
+    out.print(f"recipe  {result.candidate.recipe}", highlight=False, soft_wrap=True)
+    out.print(f"file    {result.folder / 'net.taut'}", highlight=False, soft_wrap=True)
+    out.print(f"report  {report}", highlight=False, soft_wrap=True)
+
+
+def _table(found: dict[str, Measurement]) -> Table:
+    first = next(iter(found.values()))
+    table = Table()
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    if len(found) > 1:
+        table.add_column("ratio", justify="right")
+
+    def row(label: str, values: list[float], form: str = "{:,.0f}", ratio: bool = True) -> None:
+        cells = [form.format(v) for v in values]
+        if len(values) > 1:
+            cells.append(f"{values[0] / values[1]:.1f}×" if ratio and values[1] else "")
+        table.add_row(label, *cells)
+
+    each = list(found.values())
+    row("score", [m.score for m in each], "{:.4f}", ratio=False)
+    row("bytes", [m.size_bytes for m in each])
+    row("non-zero parameters", [m.nonzero_parameters for m in each])
+    row("effective MACs", [m.effective_macs for m in each])
+    for at in first.latencies:
+        label = f"latency, batch {at.batch}, {at.threads} threads, {at.engine} [ms]"
+        timed = [t for m in each if (t := m.latency(at.batch)) is not None]
+        row(label, [t.median_ms for t in timed], "{:.3f}")
+    row("peak memory of a forward", [m.peak_memory_bytes for m in each])
+    return table
+
+
+def _inspection(summary: FileSummary) -> Table:
+    table = Table(
+        title=f"{summary.size_bytes:,} bytes, {summary.overhead_bytes} of them container and header"
+    )
+    for column in ("tensor", "shape", "format"):
+        table.add_column(column)
+    for column in ("bytes", "bits a weight", "part", "numbers", "part's bytes", "plain Huffman"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for t in summary.tensors:
+        whole: tuple[Any, ...] = (
+            " = ".join(t.names), " × ".join(map(str, t.shape)), t.format,
+            f"{t.size_bytes:,.0f}", f"{8 * t.size_bytes / max(t.numel, 1):.3f}",
+        )  # fmt: skip
+        for name, part in t.parts.items():
+            table.add_row(
+                *whole, name, f"{part.count:,}", f"{part.bits / 8:,.0f}",
+                f"{part.huffman_bits / 8:,.0f}",
+            )  # fmt: skip
+            whole = ("",) * 5
+    return table
+
+
+def _result_json(result: Result, report: Path) -> dict[str, Any]:
+    return {
+        "met": result.met,
+        "recipe": result.candidate.recipe,
+        "original": result.original.to_json(),
+        "measurement": result.measurement.to_json(),
+        "verdicts": [
+            {"bound": v.bound.text, "asked": v.asked, "reached": v.reached, "holds": v.holds}
+            for v in result.verdicts
+        ],
+        "file": str(result.folder / "net.taut"),
+        "report": str(report),
+    }
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

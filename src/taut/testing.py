@@ -1,0 +1,283 @@
+"""The contract that every recoding technique keeps, as tests that ship with the package.
+
+An outside author subclasses the suite and names a technique; pytest does the rest:
+
+    class TestMine(taut.testing.RecodingContract):
+        under_test = (MyTechnique(bits=3),)
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taut.errors import RecipeError
+from taut.layers import packed_layers, run_dense
+from taut.modules import clone, tensor_at
+from taut.pack import encode, inspect, load, pack, packed_state
+from taut.recipe import Recipe
+from taut.recover import advance
+from taut.recoding import FORMATS, Recoding, chain, core
+from taut.statistics import Statistics
+from taut.technique import techniques
+from taut.trace import Trace, trace
+
+__all__ = ["KINDS", "RecodingContract", "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A network around one kind of site, an input for it, and the site's name."""
+
+    build: Callable[[], nn.Module]
+    example: Callable[[], tuple[Any, ...]]
+    site: str
+
+
+class _First(nn.Module):
+    """Gives the first of a layer's outputs; feeds attention its input three times."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = 3 if isinstance(self.layer, nn.MultiheadAttention) else 1
+        out = self.layer(*[x] * times)
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+
+KINDS = {
+    "linear": Sample(
+        lambda: _First(nn.Linear(96, 64)), lambda: (torch.randn(3, 96),), "layer.weight"
+    ),
+    "conv": Sample(
+        lambda: _First(nn.Conv2d(16, 24, 3, padding=1)),
+        lambda: (torch.randn(2, 16, 7, 7),),
+        "layer.weight",
+    ),
+    "embedding": Sample(
+        lambda: _First(nn.Embedding(120, 48)),
+        lambda: (torch.randint(0, 120, (3, 5)),),
+        "layer.weight",
+    ),
+    "lstm": Sample(
+        lambda: _First(nn.LSTM(24, 32, num_layers=2, bidirectional=True, batch_first=True)),
+        lambda: (torch.randn(2, 6, 24),),
+        "layer.weight_hh_l1_reverse",
+    ),
+    "gru": Sample(
+        lambda: _First(nn.GRU(32, 40)), lambda: (torch.randn(6, 2, 32),), "layer.weight_ih_l0"
+    ),
+    "attention": Sample(
+        lambda: _First(nn.MultiheadAttention(48, 4, batch_first=True)),
+        lambda: (torch.randn(2, 5, 48),),
+        "layer.in_proj_weight",
+    ),
+}
+"""One small network for each kind of site."""
+
+
+def _sample(kind: str) -> tuple[nn.Module, tuple[Any, ...], Trace, str]:
+    torch.manual_seed(0)
+    model = KINDS[kind].build().eval()
+    traced = _traced(kind)
+    return model, traced.example[0], traced, KINDS[kind].site
+
+
+@functools.cache
+def _traced(kind: str) -> Trace:
+    return trace(KINDS[kind].build(), (KINDS[kind].example(), {}))
+
+
+def _close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    """Raise unless two tensors agree to a tolerance relative to the largest wanted value."""
+    torch.testing.assert_close(
+        got, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.abs().max()))
+    )
+
+
+class RecodingContract:
+    """Subclass this, name the technique in a few strengths, and run it by pytest."""
+
+    under_test: ClassVar[Sequence[Recoding]] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "technique" in metafunc.fixturenames:
+            metafunc.parametrize("technique", self.under_test, ids=str)
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", list(KINDS))
+
+    def _applied(self, technique: Recoding, kind: str) -> tuple[nn.Module, Any, Trace, str]:
+        """The sample with the technique on all its sites, each by the localised options."""
+        model, example, traced, name = _sample(kind)
+        _apply(technique, model, traced)
+        return model, example, traced, name
+
+    def test_planning_leaves_the_model_untouched(self, technique: Recoding, kind: str) -> None:
+        model, _, traced, _ = _sample(kind)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        statistics = Statistics(model, lambda m: 0.0)
+        for site in technique.sites(traced):
+            local = technique.localise(model, traced.sites, statistics)[site.name]
+            assert local.predict(site).size_bytes > 0
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def test_same_seed_same_bytes(self, technique: Recoding, kind: str) -> None:
+        first, second = (encode(packed_state(self._applied(technique, kind)[0])) for _ in range(2))
+        assert first == second
+
+    def test_packed_equals_the_trained_form(self, technique: Recoding, kind: str) -> None:
+        model, example, traced, _ = self._applied(technique, kind)
+        state = packed_state(model, "float32")
+        for site in traced.sites:
+            dense = state[site.names].dense()
+            assert dense.shape == site.shape
+            _close(dense, tensor_at(model, site.name).detach())
+
+    def test_matmul_and_rows_follow_dense(self, technique: Recoding, kind: str) -> None:
+        model, _, traced, name = self._applied(technique, kind)
+        packed = packed_state(model)[traced.site(name).names]
+        flat = packed.dense().flatten(1)
+        x = torch.randn(2, 3, flat.shape[1])
+        _close(packed.matmul(x), (x.double() @ flat.double().T).float())
+        index = torch.tensor([[0, 2], [1, 0]])
+        _close(packed.rows(index), packed.dense()[index])
+        assert packed.count_nonzero() == int(packed.dense().count_nonzero())
+
+    def test_saved_and_loaded_it_answers_the_same(self, technique: Recoding, kind: str) -> None:
+        model, example, _, _ = self._applied(technique, kind)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "net.taut"
+            pack(model, path, "float32")
+            loaded = load(path, KINDS[kind].build())
+            again = Path(folder) / "again.taut"
+            pack(loaded, again, "float32")
+            assert again.read_bytes() == path.read_bytes()
+        assert packed_layers(loaded)
+        with torch.no_grad():
+            wanted = model(*example)
+            _close(loaded(*example), wanted)
+            run_dense(loaded, False)
+            _close(loaded(*example), wanted)
+
+    def test_predicted_bytes_come_true(self, technique: Recoding, kind: str) -> None:
+        model, _, traced, name = _sample(kind)
+        local = _apply(technique, model, traced)
+        advance(model, 1.0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "net.taut"
+            pack(model, path)
+            tensors = {t.names[0]: t for t in inspect(path).tensors}
+        predicted = sum(local[s.name].predict(s).size_bytes for s in traced.sites)
+        written = sum(tensors[s.name].size_bytes for s in traced.sites)
+        assert abs(predicted - written) <= 0.1 * written, (predicted, written)
+
+    def test_gradients_reach_what_trains(self, technique: Recoding, kind: str) -> None:
+        model, example, traced, _ = self._applied(technique, kind)
+        output = model.train()(*example)
+        output.square().sum().backward()
+        for site in traced.sites:
+            grad = core(model, site).grad
+            assert grad is not None, site.name
+            assert bool(grad.isfinite().all())
+            assert bool((grad != 0).any()), site.name
+
+    def test_it_learns(self, technique: Recoding, kind: str) -> None:
+        model, example, _, _ = self._applied(technique, kind)
+        torch.manual_seed(1)
+        wanted = KINDS[kind].build().eval()(*example).detach()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (model(*example) - wanted).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < 0.98 * losses[0]
+
+    def test_a_copy_is_independent(self, technique: Recoding, kind: str) -> None:
+        model, example, traced, name = self._applied(technique, kind)
+        with torch.no_grad():
+            before = model(*example)
+            copied = clone(model)
+            _close(copied(*example), before)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            _close(model(*example), before)
+
+    def test_a_blank_form_takes_the_state(self, technique: Recoding, kind: str) -> None:
+        model, example, traced, _ = self._applied(technique, kind)
+        fresh, *_ = _sample(kind)
+        with torch.no_grad():
+            for site in traced.sites:
+                form, blank = technique.blank(core(fresh, site).detach())
+                technique.place(fresh, site, form, blank)
+            fresh.load_state_dict(model.state_dict())
+            _close(fresh(*example), model(*example))
+
+    @pytest.mark.parametrize("other", sorted(techniques()))
+    def test_it_stacks_or_refuses_with_a_reason(
+        self, technique: Recoding, kind: str, other: str
+    ) -> None:
+        second = techniques()[other]()
+        if not isinstance(second, Recoding):
+            pytest.skip("only recoding techniques stack on one site")
+        model, example, traced, _ = self._applied(technique, kind)
+        try:
+            _apply(second, model, traced)
+        except RecipeError as refusal:
+            assert second.name in str(refusal)
+            assert any(s.name in str(refusal) for s in traced.sites)
+            return
+        for site in traced.sites:
+            links = chain(model, site)
+            assert links is not None
+            assert len(links.recipe) == (1 if second.name == technique.name else 2)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / "net.taut"
+            pack(model, path, "float32")
+            _close(load(path, KINDS[kind].build())(*example), model(*example))
+
+    def test_its_text_reads_back(self, technique: Recoding) -> None:
+        assert Recipe.parse(str(technique)).steps == (technique,)
+
+    def test_it_refuses_weights_that_are_no_numbers(self, technique: Recoding) -> None:
+        model, _, traced, name = _sample("linear")
+        with torch.no_grad():
+            tensor_at(model, name)[0, 0] = float("nan")
+        with pytest.raises(RecipeError, match=name):
+            technique.apply(model, traced.site(name))
+
+    def test_its_formats_are_registered(self, technique: Recoding) -> None:
+        model, _, traced, name = self._applied(technique, "linear")
+        packed = packed_state(model)[traced.site(name).names]
+        stack = [packed]
+        while stack:
+            here = stack.pop()
+            assert FORMATS[here.format] is type(here)
+            stack.extend(here.nested().values())
+
+
+def _apply(technique: Recoding, model: nn.Module, traced: Trace) -> dict[str, Any]:
+    statistics = Statistics(model, _spread)
+    local = technique.localise(model, technique.sites(traced), statistics)
+    for site in technique.sites(traced):
+        local[site.name].apply(model, site, statistics)
+    return local
+
+
+def _spread(model: nn.Module) -> float:
+    """A stand-in for a loss: it grows as weights vanish."""
+    return -float(sum(p.detach().square().sum() for p in model.parameters()))

@@ -1,0 +1,31 @@
+"""Every registered recoding technique keeps the contract of taut.testing."""
+
+import pytest
+
+from taut.recoding import Recoding
+from taut.technique import techniques
+from taut.techniques import PruneWeights, ShareValues
+from taut.testing import RecodingContract
+
+
+class TestPruneWeights(RecodingContract):
+    under_test = (
+        PruneWeights(sparsity=0.9),
+        PruneWeights(sparsity=0.8, scope="global", steps=3),
+        PruneWeights(quality=1.0),
+    )
+
+
+class TestShareValues(RecodingContract):
+    under_test = (
+        ShareValues(),
+        ShareValues(bits=8),
+        ShareValues(bits=3, init="random"),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(techniques()))
+def test_every_technique_is_under_contract(name):
+    cls = techniques()[name]
+    tested = [t for suite in RecodingContract.__subclasses__() for t in suite.under_test]
+    assert not issubclass(cls, Recoding) or any(type(t) is cls for t in tested)
