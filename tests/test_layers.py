@@ -186,7 +186,7 @@ def test_packed_running_never_makes_a_dense_copy(never_dense: Callable[[], None]
     for layer, x in cases:
         layer(x)
         with pytest.raises(AssertionError, match="was decoded"):
-            next(iter(getattr(layer, n) for n in layer.packed))
+            getattr(layer, next(iter(layer.packed)))
 
 
 # ---- recurrent layers -----------------------------------------------------------------------

@@ -263,21 +263,20 @@ def _inspection(summary: FileSummary) -> Table:
     table = Table(
         title=f"{summary.size_bytes:,} bytes, {summary.overhead_bytes} of them container and header"
     )
-    for column in ("tensor", "shape", "format"):
-        table.add_column(column)
-    for column in ("bytes", "bits a weight", "part", "numbers", "part's bytes", "plain Huffman"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    table.add_column("tensor and its parts")
+    for column in ("numbers", "bytes", "bits each", "plain Huffman"):
+        table.add_column(column, justify="right")
     for t in summary.tensors:
-        whole: tuple[Any, ...] = (
-            " = ".join(t.names), " × ".join(map(str, t.shape)), t.format,
-            f"{t.size_bytes:,.0f}", f"{8 * t.size_bytes / max(t.numel, 1):.3f}",
+        shape = " × ".join(map(str, t.shape))
+        table.add_row(
+            f"[bold]{' = '.join(t.names)}[/]  [dim]{shape}  {t.format}[/]", f"{t.numel:,}",
+            f"{t.size_bytes:,.0f}", f"{8 * t.size_bytes / max(t.numel, 1):.3f}", "",
         )  # fmt: skip
         for name, part in t.parts.items():
             table.add_row(
-                *whole, name, f"{part.count:,}", f"{part.bits / 8:,.0f}",
-                f"{part.huffman_bits / 8:,.0f}",
+                f"    {name}", f"{part.count:,}", f"{part.bits / 8:,.0f}",
+                f"{part.bits / max(part.count, 1):.3f}", f"{part.huffman_bits / 8:,.0f}",
             )  # fmt: skip
-            whole = ("",) * 5
     return table
 
 

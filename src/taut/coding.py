@@ -329,7 +329,7 @@ def _half_octave(chance: Floats) -> Ints:
 def _best_lag(lines: Ints) -> int:
     """The distance, above one line, at which ones most often stand above ones."""
     few = lines[:, :512]
-    most = min(_MOST_LAG, len(few) - 1)
+    most = min(_MOST_LAG, len(few) - 1) if few.size else 0
     meets = [float((few[d:] & few[:-d]).mean()) for d in range(2, most + 1)]
     return 2 + int(np.argmax(meets)) if meets else 1
 

@@ -27,7 +27,7 @@ import xxhash
 from accelerate import Accelerator
 from torch import nn
 
-from taut.errors import RunError, TrainingError
+from taut.errors import RecipeError, RunError
 from taut.files import write_atomically
 from taut.goal import Goal, Verdict, is_goal
 from taut.measure import BATCHES, latency, measure
@@ -134,7 +134,7 @@ def apply(
     """
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
-        raise RunError(f"apply takes a technique, got {step}; train with taut.recover")
+        raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
     traced = traced or trace(model, task.example())
     sites = step.sites(traced)
     statistics = Statistics(model, task.calibration_loss())

@@ -1,11 +1,14 @@
 """Goals: bounds that a compressed network must keep, relative to the original or absolute.
 
+As text they read
+
     bytes<=5%, score>=-0.5%      5 % of the original's bytes, at most 0.5 % of its score lost
     bytes<=40kB, latency<=2ms    absolute bounds
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -20,7 +23,8 @@ _UNITS = {
     "macs": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
     "score": {"": 1.0},
 }
-_BOUND = re.compile(r"\s*(\w+)\s*(<=|>=|==|<|>|=)\s*([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(\S*)\s*")
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+_BOUND = re.compile(rf"\s*(\w+)\s*(<=|>=|==|<|>|=)\s*({_NUMBER})\s*(\S*)\s*")
 
 
 def value_of(axis: str, measurement: Measurement) -> float:
@@ -60,7 +64,8 @@ class Bound:
             return 0.0
         gap = abs(value_of(self.axis, measurement) - self.limit(original))
         unit = abs(value_of(self.axis, original)) * 0.01 if self.axis == "score" else None
-        return gap / max(unit if unit is not None else self.limit(original), 1e-12)
+        excess = gap / max(unit if unit is not None else self.limit(original), 1e-12)
+        return math.inf if math.isnan(excess) else excess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,12 @@ def _bound(text: str, better: Direction) -> Bound:
         why = f" ({better} is better)" if axis == "score" else ""
         raise GoalError(f"{axis} is bounded by {right}{why}, got {text.strip()!r}")
     value = float(number)
+    if axis == "score" and unit == "%" and value and number[0] not in "+-":
+        like = "score>=-0.5%" if right == ">=" else "score<=+0.5%"
+        raise GoalError(
+            f"a percentage of the score is a change and needs its sign, like {like}, got "
+            f"{text.strip()!r}; bound the score itself without %"
+        )
     if unit == "%":
         value /= 100.0
     elif unit not in _UNITS[axis]:
@@ -149,8 +160,8 @@ def _bound(text: str, better: Direction) -> Bound:
         raise GoalError(f"{axis} has no unit {unit!r}; known: {known}")
     else:
         value *= _UNITS[axis][unit]
+    if not math.isfinite(value):
+        raise GoalError(f"{axis} must be bounded by a finite number, got {text.strip()!r}")
     if axis != "score" and value <= 0:
         raise GoalError(f"{axis} must stay above 0, got {text.strip()!r}; nothing can reach that")
-    return Bound(
-        axis=axis, relation=relation, value=value, relative=unit == "%", text=text.strip()
-    )
+    return Bound(axis=axis, relation=relation, value=value, relative=unit == "%", text=text.strip())

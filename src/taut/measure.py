@@ -28,7 +28,7 @@ def measure(
     *,
     size_bytes: int | None = None,
     batches: Sequence[int] = BATCHES,
-    seconds: float = 0.5,
+    seconds: float = 0.25,
     score: float | None = None,
 ) -> Measurement:
     """Measure a network as it stands, in eval mode.
@@ -62,7 +62,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.5) -> Latency:
+def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.25) -> Latency:
     """Time one forward at PyTorch's present number of threads, after a warm-up."""
     device = device_of(model)
     args = tuple(_to(a, device) for a in example[0])

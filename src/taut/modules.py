@@ -71,7 +71,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
     copied = clone(model)
     names = parametrized_names(copied)
     values = {n: tensor_at(copied, n).detach().clone() for n in names}
-    cores = {n: id(found.original) for n in names if (found := parametrization(copied, n))}
+    lists = {n: parametrization(copied, n) for n in names}
+    cores = {n: id(getattr(found, "original", found)) for n, found in lists.items()}
     made: dict[int, nn.Parameter] = {}
     for name in names:
         module, parameter = owner(copied, name)

@@ -295,7 +295,7 @@ def _parse(data: bytes) -> tuple[list[_Entry], bytes]:
 
 
 def _inflate(header: bytes) -> Any:
-    most = min(MOST_HEADER_BYTES, 4096 + 128 * len(header))
+    most = min(MOST_HEADER_BYTES, 4096 + 256 * len(header))
     inflater = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
     try:
         text = inflater.decompress(header, most)

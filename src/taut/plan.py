@@ -8,7 +8,7 @@ so that every decision can be tested.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +18,6 @@ from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
 from taut.statistics import Statistics
-from taut.technique import Step
 from taut.techniques import PruneWeights, ShareValues
 from taut.trace import Trace
 from taut.types import Candidate, Measurement, Site
@@ -40,7 +39,7 @@ class Forecast:
 def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statistics) -> Forecast:
     """Predict the size of the file, the non-zero parameters and the effective MACs."""
     chains: dict[str, list[Recoding]] = {s.name: [] for s in trace.sites}
-    kept = {s.name: 1.0 for s in trace.sites}
+    kept = {s.name: s.numel for s in trace.sites}
     for step in recipe.steps:
         if not isinstance(step, Recoding):
             continue
@@ -52,13 +51,14 @@ def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statist
                 links.pop()
             links.append(local)
             if isinstance(local, PruneWeights):
-                kept[name] = 1 - local.sparsity
+                numel = trace.site(name).numel
+                kept[name] = max(1, round((1 - local.sparsity) * numel))
     rest = trace.parameters - sum(s.numel for s in trace.sites)
     return Forecast(
         size_bytes=_FILE_BYTES + 2 * rest
         + sum(_SITE_BYTES + predict_chain(chains[s.name], s) for s in trace.sites),
-        parameters=rest + sum(kept[s.name] * s.numel for s in trace.sites),
-        macs=trace.macs - sum((1 - kept[s.name]) * s.macs for s in trace.sites),
+        parameters=rest + sum(kept.values()),
+        macs=trace.macs - sum((1 - kept[s.name] / max(s.numel, 1)) * s.macs for s in trace.sites),
     )  # fmt: skip
 
 
@@ -86,17 +86,17 @@ def propose(
 ) -> Recipe | None:
     """The next recipe to try, or None.
 
-    epochs: of recovery in the first trial. most: how many trials there may be. Without a bound on
-    bytes the file is made as small as the other bounds allow.
+    epochs: of recovery in the first trial, at least 2. most: how many trials there may be. Without
+    a bound on bytes the file is made as small as the other bounds allow.
     """
     if len(tried) >= most:
         return None
     planner = _Planner(goal, trace, model, statistics, original)
     if goal.bound("bytes") is None:
-        return planner.smallest(tried, epochs)
+        return planner.smallest(tried, max(2, epochs))
     if any(goal.met(c.measurement, original) for c in tried):
         return None
-    return planner.within(tried, epochs)
+    return planner.within(tried, max(2, epochs))
 
 
 class _Planner:
@@ -120,22 +120,24 @@ class _Planner:
         if missed and error < 1.0:
             return None  # predicted to fit even less: nothing stronger is known
         if missed:
-            return self.recipe(limit * _ROOM / error, bits=_bits(last), epochs=_epochs(last))
-        options = [(4, 1), (5, 2), (4, 2), (6, 2), (3, 2)]  # bits, factor on the epochs
-        done = {(_bits(c), _epochs(c)) for c in tried if c.measurement.size_bytes <= limit}
-        left = [(b, f * epochs) for b, f in options if (b, f * epochs) not in done]
-        bits, longer = left[0]
-        return self.recipe(limit * _ROOM / error, bits=bits, epochs=longer)
+            options = [(_bits(last), _epochs(last))]
+        else:
+            done = {(_bits(c), _epochs(c)) for c in tried if c.measurement.size_bytes <= limit}
+            options = [(4, 1), (5, 2), (4, 2), (6, 2), (3, 2)]  # bits, factor on the epochs
+            options = [(b, f * epochs) for b, f in options if (b, f * epochs) not in done]
+        recipes = (self.recipe(limit * _ROOM / error, bits, longer) for bits, longer in options)
+        return _first_new(recipes, tried)
 
     def smallest(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
         """Bisect on the logarithm of the bytes for the smallest file that keeps every bound."""
         good = [c for c in tried if self.goal.met(c.measurement, self.original)]
         bad = [c for c in tried if not self.goal.met(c.measurement, self.original)]
-        low = max((c.measurement.size_bytes for c in bad), default=None)
         high = min((c.measurement.size_bytes for c in good), default=None)
+        sizes = [c.measurement.size_bytes for c in bad]
+        low = max((s for s in sizes if high is None or s < high), default=None)
         if high is None:
             size = 0.03 * self.original.size_bytes if low is None else 2.0 * low
-        elif low is None or low >= high:
+        elif low is None:
             size = 0.6 * high
         elif high / low < 1.1:
             return None
@@ -143,21 +145,22 @@ class _Planner:
             size = math.sqrt(low * high)
         if size > 0.3 * self.original.size_bytes:
             return None
-        return self.recipe(size / (self._error(tried[-1]) if tried else 1.0), 5, epochs)
+        recipe = self.recipe(size / (self._error(tried[-1]) if tried else 1.0), 5, epochs)
+        return _first_new([recipe], tried)
 
     def recipe(self, size_bytes: float, bits: int, epochs: int) -> Recipe:
         """The mildest recipe of this form whose forecast keeps the size and the other bounds."""
         share = ShareValues(bits=bits)
-        first, second = Recover(epochs=max(1, 2 * epochs // 3)), Recover(epochs=max(1, epochs // 3))
-        bare: list[Step] = [share, second]
         if self._fits(Recipe((share,)), size_bytes):
-            return Recipe(tuple(bare))
+            return Recipe((share, Recover(epochs=epochs)))
         low, high = 0.0, MOST_SPARSITY
         while high - low > 5e-4:
             middle = (low + high) / 2
             fits = self._fits(Recipe((PruneWeights(sparsity=middle), share)), size_bytes)
             low, high = (low, middle) if fits else (middle, high)
-        return Recipe((PruneWeights(sparsity=round(high, 4), steps=4), first, *bare))
+        prune = PruneWeights(sparsity=min(math.ceil(1e4 * high) / 1e4, MOST_SPARSITY), steps=4)
+        last = max(1, epochs // 3)
+        return Recipe((prune, Recover(epochs=epochs - last), share, Recover(epochs=last)))
 
     def _fits(self, recipe: Recipe, size_bytes: float) -> bool:
         got = forecast(recipe, self.trace, self.model, self.statistics)
@@ -171,6 +174,12 @@ class _Planner:
         recipe = Recipe.parse(candidate.recipe)
         predicted = forecast(recipe, self.trace, self.model, self.statistics).size_bytes
         return candidate.measurement.size_bytes / predicted
+
+
+def _first_new(recipes: Iterable[Recipe], tried: Sequence[Candidate]) -> Recipe | None:
+    """The first recipe that was not tried yet."""
+    known = {c.recipe for c in tried}
+    return next((r for r in recipes if str(r) not in known), None)
 
 
 def _bits(candidate: Candidate) -> int:

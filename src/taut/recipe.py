@@ -52,9 +52,8 @@ class Recipe:
 
 def _steps(given: Any) -> tuple[Step, ...]:
     steps = tuple(given) if isinstance(given, Sequence) else (given,)
-    for step in steps:
-        if not isinstance(step, Step):
-            raise RecipeError(f"a recipe is text or a sequence of steps, got {step!r}")
+    if not steps or not all(isinstance(s, Step) for s in steps):
+        raise RecipeError(f"a recipe is text or a sequence of one or more steps, got {given!r}")
     return steps
 
 
@@ -92,5 +91,4 @@ def describe_range(rule: Any) -> str:
     """An option's range in words, for tables: `[0, 1)`, `linear | density`, or nothing."""
     if rule["choices"]:
         return " | ".join(rule["choices"])
-    limits = (rule["low"], rule["high"], rule["below"])
-    return "" if limits == (None, None, None) else interval(rule)
+    return "" if all(rule[k] is None for k in ("low", "high", "below")) else interval(rule)

@@ -193,7 +193,7 @@ class Plain(PackedWeight):
     @classmethod
     def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
         precision = meta.get("as", "float16")
-        if not isinstance(precision, str) or precision not in PRECISIONS:
+        if precision not in PRECISIONS:
             raise FormatError(f"plain.v1 has no precision {precision!r}")
         dtype, count = PRECISIONS[precision], math.prod(shape)
         if dtype is torch.int64:

@@ -11,8 +11,9 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jinja2
 import numpy as np
@@ -30,7 +31,7 @@ from taut.modules import owner, tensor_at
 from taut.pack import FileSummary, StoredTensor, inspect
 from taut.recipe import Recipe
 from taut.recoding import PackedWeight
-from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, Latency, Measurement, frontier
 
 BINS = 64
 Unit = Literal["score", "bytes", "count", "ms"]
@@ -160,8 +161,6 @@ class ReportData:
     before_bytes: int
     after_bytes: int
     overhead_bytes: int
-    latency_before_ms: float | None
-    latency_detail: str
     rows: tuple[Row, ...]
     goal: str | None
     bounds: tuple[BoundRow, ...]
@@ -171,7 +170,6 @@ class ReportData:
     epochs: tuple[EpochRecord, ...]
     phases: tuple[Phase, ...]
     recipe: str
-    steps: tuple[str, ...]
     command: str
     chooses_by: str
     versions: Mapping[str, str]
@@ -209,34 +207,23 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
     better: Direction = record["better"]
     recipe = Recipe.parse(result.candidate.recipe)
     scores = [original.score, *(c.measurement.score for c in tried)]
-    first, last = original.latency(), reached.latency()
     return ReportData(
-        task=result.task,
-        network=type(original_model).__name__,
-        better=better,
+        task=result.task, network=type(original_model).__name__, better=better,
         score_is_fraction=better == "higher" and all(0 <= s <= 1 for s in scores),
-        score_before=original.score,
-        score_after=reached.score,
-        before_bytes=original.size_bytes,
-        after_bytes=summary.size_bytes,
+        score_before=original.score, score_after=reached.score,
+        before_bytes=original.size_bytes, after_bytes=summary.size_bytes,
         overhead_bytes=summary.overhead_bytes,
-        latency_before_ms=first.median_ms if first else None,
-        latency_detail=_conditions(first, last),
         rows=_rows(original, reached, better),
         goal=str(result.goal) if result.goal else None,
         bounds=_bounds(result),
         candidates=_candidates(result, tried, record["chosen"], better),
         tensors=tuple(_tensor(t, original_model) for t in summary.tensors),
         weights=_weights(result.model, original_model, summary),
-        epochs=result.history,
-        phases=_phases(result.history, recipe),
-        recipe=str(recipe),
-        steps=tuple(str(s) for s in recipe.steps),
-        command=_command(record, "goal" if result.goal else "recipe"),
-        chooses_by=record["chooses_by"],
-        versions=record["versions"],
+        epochs=result.history, phases=_phases(result.history, recipe),
+        recipe=str(recipe), command=_command(record, "goal" if result.goal else "recipe"),
+        chooses_by=record["chooses_by"], versions=record["versions"],
         machine={k: "none" if v is None else str(v) for k, v in record["machine"].items()},
-    )
+    )  # fmt: skip
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -279,7 +266,7 @@ def _latency_row(batch: int, before: Measurement, after: Measurement) -> Row:
     )  # fmt: skip
 
 
-def _conditions(*latencies: Any) -> str:
+def _conditions(*latencies: Latency | None) -> str:
     """Threads and engine, once where both networks ran alike."""
     each = [f"{_plural(x.threads, 'thread')}, {x.engine}" for x in latencies if x is not None]
     return " → ".join(dict.fromkeys(each))
@@ -306,21 +293,17 @@ def _candidates(
     result: Result, tried: Sequence[Candidate], chosen: int, better: Direction
 ) -> tuple[CandidateRow, ...]:
     unbeaten = frontier(tried, better)
-    rows = []
-    for i, candidate in enumerate(tried):
-        got = candidate.measurement
-        latency = got.latency()
-        rows.append(
-            CandidateRow(
-                number=i + 1, recipe=candidate.recipe, epochs=candidate.epochs,
-                score=got.score, size_bytes=got.size_bytes,
-                latency_ms=latency.median_ms if latency else None,
-                latency_iqr_ms=latency.iqr_ms if latency else None,
-                on_frontier=candidate in unbeaten, chosen=i == chosen,
-                meets_goal=result.goal.met(got, result.original) if result.goal else None,
-            )
-        )  # fmt: skip
-    return tuple(rows)
+    return tuple(
+        CandidateRow(
+            number=i + 1, recipe=c.recipe, epochs=c.epochs, score=got.score,
+            size_bytes=got.size_bytes, latency_ms=latency.median_ms if latency else None,
+            latency_iqr_ms=latency.iqr_ms if latency else None,
+            on_frontier=c in unbeaten, chosen=i == chosen,
+            meets_goal=result.goal.met(got, result.original) if result.goal else None,
+        )
+        for i, c in enumerate(tried)
+        for got, latency in [(c.measurement, c.measurement.latency())]
+    )  # fmt: skip
 
 
 def _tensor(stored: StoredTensor, original: nn.Module) -> TensorRow:
@@ -347,17 +330,13 @@ def _weights(
         before = tensor_at(original, name).detach()
         is_site = stored.format != "plain.v1" or len(stored.shape) >= 2
         if is_site and before.is_floating_point() and stored.numel:
-            weight = _packed_at(packed, name)
+            module, leaf = owner(packed, name)
+            weight = None
+            if isinstance(module, Packed) and leaf in module.packed:
+                weight = cast(PackedWeight, module.packed[leaf])
             after = tensor_at(packed, name).detach() if weight is None else weight.dense()
             rows.append(_site_weights(name, _floats(before), _floats(after), weight))
     return tuple(rows)
-
-
-def _packed_at(model: nn.Module, name: str) -> PackedWeight | None:
-    module, leaf = owner(model, name)
-    held = module.packed[leaf] if isinstance(module, Packed) and leaf in module.packed else None
-    assert held is None or isinstance(held, PackedWeight)
-    return held
 
 
 def _site_weights(
@@ -438,14 +417,11 @@ def render(data: ReportData) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
-    def amount(value: float | None, unit: Unit) -> str:
-        return format_amount(value, unit, data.score_is_fraction)
-
-    def changed(row: Row) -> str:
-        return format_change(row, data.score_is_fraction)
-
     environment.filters.update(
-        amount=amount, changed=changed, significant=significant, plural=_plural
+        amount=partial(format_amount, percent=data.score_is_fraction),
+        changed=partial(format_change, percent=data.score_is_fraction),
+        significant=significant,
+        plural=_plural,
     )
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
     return template.render(
@@ -464,34 +440,40 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """A number with at least so many digits that count, and never an exponent above 1e-6.
+def significant(value: float, digits: int = 3, like: float | None = None) -> str:
+    """A number rounded to `digits` that count, whole ones kept; like: to the places of that one.
 
-    >>> [significant(v) for v in (39.21, 0.05503, 12345.6, 1.0)]
-    ['39.2', '0.0550', '12,346', '1.00']
+    >>> [significant(v) for v in (39.21, 0.05503, 12345.6)], significant(0.0026, like=0.0308)
+    (['39.2', '0.0550', '12,346'], '0.0026')
     """
-    if value == 0 or abs(value) < 1e-6:
+    scale = abs(value if like is None else like)
+    if scale < 1e-6:
         return f"{value:.{digits}g}"
-    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(scale)))}f}"
 
 
-def format_amount(value: float | None, unit: Unit, percent: bool = False) -> str:
-    """A quantity without the name of its unit, except that fractions are told in per cent.
+def format_amount(
+    value: float | None, unit: Unit, spread: float | None = None, *, percent: bool = False
+) -> str:
+    """A quantity without its unit, but for fractions, which are told in per cent.
 
-    >>> format_amount(1724320, "bytes"), format_amount(0.9931, "score", percent=True)
-    ('1,724,320', '99.31\\xa0%')
+    >>> format_amount(1724320, "bytes"), format_amount(0.0308, "ms", 0.0026)
+    ('1,724,320', '0.0308 ± 0.0026')
     """
     if value is None or not math.isfinite(value):
         return "not measured" if value is None else "not a finite number"
     if unit == "score":
         return f"{100 * value:.2f}\N{NO-BREAK SPACE}%" if percent else significant(value, 4)
-    return significant(value) if unit == "ms" else f"{value:,.0f}"
+    if unit == "ms":
+        around = "" if spread is None else f" ± {significant(spread, like=value)}"
+        return significant(value) + around
+    return f"{value:,.0f}"
 
 
 _WORDS = {"bytes": ("smaller", "larger"), "count": ("fewer", "more"), "ms": ("faster", "slower")}
 
 
-def format_change(row: Row, percent: bool = False) -> str:
+def format_change(row: Row, *, percent: bool = False) -> str:
     """How the quantity changed, in words: `39.2× smaller`, `+0.12 points`, `the same`.
 
     >>> format_change(Row(label="", unit="ms", before=1.0, after=2.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class Curve:
     def slopes(self, numel: int) -> list[tuple[float, float]]:
         """(damage a weight, weights) of the curve's lower convex hull, in rising order.
 
-        Where a step costs less than the one before, the two are joined: the losses of the hull
-        never promise more than the curve does.
+        Where a step costs less than the one before, the two are joined; where the loss falls
+        again, that is read as luck.
         """
         points = [(0.0, 0.0), *zip(self.sparsities, self.losses, strict=True)]
         worst, hull = 0.0, list[tuple[float, float]]()  # (damage, weights) of each segment
@@ -92,10 +93,15 @@ class Statistics:
                 "prune_weights(scope='layer') or scope='global'"
             )
         probe = plain_copy(self._model)
-        flat = tensor_at(probe, site.name).view(-1)
+        weight = tensor_at(probe, site.name)
+        flat = weight.flatten()  # a copy where the weight is not contiguous
         order = flat.abs().argsort()
         baseline, losses = self._loss(probe), []
+        if not math.isfinite(baseline):
+            raise TaskError(f"the network's loss on the training data is {baseline}, not a number")
         for sparsity in SPARSITIES:
             flat[order[: round(sparsity * order.numel())]] = 0.0
-            losses.append(self._loss(probe))
+            weight.copy_(flat.view(weight.shape))
+            loss = self._loss(probe)
+            losses.append(loss if math.isfinite(loss) else math.inf)
         return Curve(sparsities=SPARSITIES, losses=tuple(losses), baseline=baseline)

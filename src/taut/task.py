@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 
 from taut.errors import TaskError
 from taut.modules import device_of
@@ -36,7 +37,9 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return len(self.target) if hasattr(self.target, "__len__") else 1
+        """How many examples: the length of the target, or else of the first argument."""
+        given = (self.target, *self.args, *self.kwargs.values())
+        return next((len(t) for t in given if isinstance(t, Tensor) and t.dim()), 1)
 
 
 class Task:
@@ -72,10 +75,24 @@ class Task:
         self.name = name
         self.model = model
         self.loss: Callable[[Any, Any], Tensor] = loss or F.cross_entropy
-        self.is_classification = loss is None
-        self.score = score if score is not None else top1
-        self.learning_rate = learning_rate
+        self.is_classification = self.loss is F.cross_entropy or isinstance(
+            self.loss, nn.CrossEntropyLoss
+        )
+        self.score: Any = top1 if score is None else score
+        for what, given in (("loss", self.loss), ("score", self.score)):
+            if not callable(given) and not hasattr(given, "compute"):
+                raise TaskError(f"{what} must be a function of (output, target), got {given!r}")
+        is_number = isinstance(learning_rate, int | float)
+        if not is_number or not 0 < learning_rate < math.inf:
+            raise TaskError(f"learning_rate must be a number above 0, got {learning_rate!r}")
+        self.learning_rate = float(learning_rate)
         self._data = {"train": train, "test": test, "validation": validation}
+        for split, data in self._data.items():
+            if isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools"):
+                raise TaskError(
+                    f"{split} must be read more than once, got {_word(data)}, which is used up "
+                    "after one pass; give a list, a DataLoader or a function that returns it"
+                )
         self._example = example
         knows = getattr(self.score, "higher_is_better", None)
         if better not in (None, "higher", "lower"):
@@ -105,7 +122,11 @@ class Task:
     @staticmethod
     def _batch(item: Any, split: str, device: torch.device | None) -> Batch:
         if not isinstance(item, tuple | list) or len(item) != 2:
-            form = f"{_word(item)} of {len(item)}" if hasattr(item, "__len__") else _word(item)
+            form = _word(item)
+            if isinstance(item, Tensor):
+                form += f" of shape {list(item.shape)}"
+            elif isinstance(item, Sized):
+                form += f" of {len(item)}"
             raise TaskError(f"{split}() must yield pairs (input, target), got {form}")
         given, target = item
         args, kwargs = _arguments(given, split)
@@ -119,7 +140,10 @@ class Task:
         """The number of batches of a split, where its iterable tells."""
         source = self._data[split]
         data = source() if callable(source) else source
-        return len(cast(Any, data)) if hasattr(data, "__len__") else None
+        try:
+            return len(cast(Any, data))
+        except TypeError:  # a stream, or a DataLoader of one
+            return None
 
     def example(self, batch: int = 2) -> Example:
         """Arguments of one forward with `batch` examples."""
@@ -138,7 +162,8 @@ class Task:
         metric = self.score if hasattr(self.score, "compute") else None
         if metric is not None:
             metric.reset()
-            metric.to(device)
+            if hasattr(metric, "to"):
+                metric.to(device)
         outputs, targets = [], []
         model.eval()
         try:
@@ -153,7 +178,7 @@ class Task:
             model.train(was_training)
         if metric is not None:
             return float(metric.compute())
-        return float(self.score(torch.cat(outputs), torch.cat(targets)))
+        return float(self.score(_joined(outputs, "outputs"), _joined(targets, "targets")))
 
     def calibration_loss(self, examples: int = 2048) -> Callable[[nn.Module], float]:
         """A function that gives a network's mean loss on the same few training batches.
@@ -170,13 +195,15 @@ class Task:
         def loss(model: nn.Module) -> float:
             device, was_training, total = device_of(model), model.training, 0.0
             model.eval()
-            for batch in kept:
-                output = model(
-                    *(_to(a, device) for a in batch.args),
-                    **{k: _to(v, device) for k, v in batch.kwargs.items()},
-                )
-                total += float(self.loss(output, _to(batch.target, device))) * batch.size
-            model.train(was_training)
+            try:
+                for batch in kept:
+                    output = model(
+                        *(_to(a, device) for a in batch.args),
+                        **{k: _to(v, device) for k, v in batch.kwargs.items()},
+                    )
+                    total += float(self.loss(output, _to(batch.target, device))) * batch.size
+            finally:
+                model.train(was_training)
             return total / sum(b.size for b in kept)
 
         return loss
@@ -191,15 +218,17 @@ def load_task(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         raise TaskError(f"no task file at {path}; name a Python file with model(), train(), test()")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"taut_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise TaskError(f"{path} does not import: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)
@@ -211,7 +240,7 @@ def load_task(path: str | Path) -> Task:
     optional = ("validation", "loss", "score", "better", "example")
     given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
     if hasattr(module, "learning_rate"):
-        given["learning_rate"] = float(module.learning_rate)
+        given["learning_rate"] = module.learning_rate
     return Task(
         train=module.train, test=module.test, model=_checked(module.model, path), **given,
         name=path.stem if path.stem != "task" else path.resolve().parent.name,
@@ -256,7 +285,20 @@ class _Resize:
 
 
 def _to(value: Any, device: torch.device | None) -> Any:
-    return value.to(device) if device is not None and isinstance(value, Tensor) else value
+    if device is not None and isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_to(v, device) for v in value)
+    return {k: _to(v, device) for k, v in value.items()} if type(value) is dict else value
+
+
+def _joined(parts: list[Any], what: str) -> Tensor:
+    if not all(isinstance(p, Tensor) for p in parts):
+        raise TaskError(
+            f"score: a function gets all {what} as one tensor, got {_word(parts[0])} from a batch; "
+            "use an object with update(output, target), compute() and reset() instead"
+        )
+    return torch.cat(parts)
 
 
 def _word(value: Any) -> str:

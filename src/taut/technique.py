@@ -75,7 +75,9 @@ class Step:
             fits = finite and (low is None or value >= low)
             fits = fits and (high is None or value <= high) and (below is None or value < below)
             if not fits:
-                raise RecipeError(f"{self.name}: {name} must lie in {interval(rule)}, got {value!r}")
+                raise RecipeError(
+                    f"{self.name}: {name} must lie in {interval(rule)}, got {value!r}"
+                )
 
     def __str__(self) -> str:
         """The text that a recipe would use: the options that differ from their defaults."""

@@ -6,6 +6,9 @@ a network of hand-written layers is traced like one of PyTorch's own.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
 import operator
 import warnings
@@ -68,19 +71,28 @@ def trace(model: nn.Module, example: Example) -> Trace:
     The model is copied first and comes back untouched. Raises TraceError with the export's reason
     where the network cannot be traced (control flow that depends on data, as a rule).
     """
-    args, kwargs = example
-    copied = clone(model).eval().requires_grad_(True)
+    copied = clone(model).eval()
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    device, fused = device_of(copied), torch.backends.mha.get_fastpath_enabled()
+    logged = logging.root.manager.disable
+    args = tuple(_to(a, device) for a in example[0])
+    kwargs = {k: _to(v, device) for k, v in example[1].items()}
     try:
-        with warnings.catch_warnings():
+        logging.disable(logging.CRITICAL)  # the error says it all
+        torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(copied, args, kwargs, strict=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(
-            f"{type(model).__name__} cannot be traced by torch.export: "
-            f"{reason[0] if reason else type(error).__name__}; the network must run on the "
-            "task's example and not branch on the values of tensors"
+            f"{type(model).__name__} cannot be traced by torch.export: {': '.join(reason)}; the "
+            "network must run on the task's example and not branch on the values of tensors"
         ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        logging.disable(logged)
     return _Reader(copied, program, example).read()
 
 
@@ -96,9 +108,31 @@ _CHANNELWISE = {
     "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "batch_norm", "contiguous", "clone", "alias",
 }  # fmt: skip
-_LINEAR = {"linear", "addmm", "mm", "matmul"}
-_CONV = {"conv1d", "conv2d", "conv3d", "convolution"}
-_RNN: dict[str, Kind] = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
+_FACTORS: dict[str, tuple[Kind, tuple[int, ...]]] = {
+    "embedding": ("embedding", (0,)),
+    "embedding_bag": ("embedding", (0,)),
+    "linear": ("linear", (1,)),
+    "bilinear": ("linear", (2,)),
+    **dict.fromkeys(("mm", "bmm", "matmul", "mv", "tensordot"), ("linear", (1, 0))),
+    **dict.fromkeys(("addmm", "baddbmm"), ("linear", (2, 1))),
+    **{f"conv{way}{n}d": ("conv", (1,)) for way in ("", "_transpose") for n in (1, 2, 3)},
+}
+"""Operations with a weight: the kind of its site, and at which argument it may stand."""
+_RECURRENT: dict[str, Kind] = {
+    "lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm_cell": "lstm",
+    "gru_cell": "gru", "rnn_tanh_cell": "rnn", "rnn_relu_cell": "rnn",
+}  # fmt: skip
+_VIEWS = {
+    "t", "transpose", "numpy_T", "mT", "permute", "movedim", "chunk", "split", "split_with_sizes",
+    "unbind", "getitem", "select", "slice", "narrow", "view", "reshape", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "contiguous", "clone", "detach", "alias", "to",
+}  # fmt: skip
+"""Operations whose result holds the very numbers of a parameter, or a part of them."""
+
+
+_OUT_FIRST = {"linear", "conv1d", "conv2d", "conv3d"}
+"""Operations that make one channel of each row of their weight."""
+_JOINING = {"flatten", "view", "reshape", "_unsafe_view"}
 
 
 @dataclass
@@ -115,9 +149,15 @@ class _Reader:
     def __init__(self, model: nn.Module, program: Any, example: Example) -> None:
         self.model, self.example = model, example
         self.batch = max(_batch(*example), 1)
-        self.graph: fx.Graph = program.graph
-        named = {**program.graph_signature.inputs_to_parameters}
-        self.parameter = {n: named[n.name] for n in self.graph.nodes if n.name in named}
+        self.module: fx.GraphModule = program.graph_module
+        tied: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        self.aliases = {names[0]: tuple(names[1:]) for names in tied.values()}
+        first = {n: names[0] for names in tied.values() for n in names}
+        named = program.graph_signature.inputs_to_parameters
+        nodes = self.module.graph.nodes
+        self.parameter = {n: first[named[n.name]] for n in nodes if n.name in named}
         self.work: dict[str, tuple[Kind, int]] = {}
         self.macs = 0
         self.channels: dict[fx.Node, _Channels] = {}
@@ -127,12 +167,7 @@ class _Reader:
         self.waiting: list[str] = []
 
     def read(self) -> Trace:
-        for node in self.graph.nodes:
-            if node.op == "call_function":
-                self._step(node)
-            elif node.op == "output":
-                for source in node.all_input_nodes:
-                    self._escapes(source)
+        self._walk(self.module)
         return Trace(
             sites=self._sites(),
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -142,27 +177,56 @@ class _Reader:
             example=self.example,
         )
 
-    def _step(self, node: fx.Node) -> None:
-        op = _op(node)
-        inputs = list(node.all_input_nodes)
-        weights = [n for n in inputs if n in self.parameter and _dims(n) >= 2]
+    def _walk(self, module: fx.GraphModule) -> None:
+        for node in module.graph.nodes:
+            if node.op == "call_function" and str(node.target).startswith("wrap_with"):
+                self._region(module, node)
+            elif node.op == "call_function":
+                self._step(node, _op(node))
+            elif node.op == "output":
+                self._escape(node)
+
+    def _region(self, module: fx.GraphModule, node: fx.Node) -> None:
+        """What runs under torch.no_grad or autocast is a graph of its own, read in its place."""
+        inner, at = next(
+            (found, i)
+            for i, a in enumerate(node.args)
+            if isinstance(a, fx.Node) and a.op == "get_attr"
+            for found in [module.get_submodule(str(a.target))]
+        )
+        assert isinstance(inner, fx.GraphModule)
+        inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        for own, given in zip(inputs, node.args[at + 1 :], strict=True):
+            if given in self.parameter:
+                self.parameter[own] = self.parameter[cast(fx.Node, given)]
+        self._walk(inner)
+        self._escape(node)
+
+    def _step(self, node: fx.Node, op: str) -> None:
         if op == "dropout":
-            self.waiting.extend(_module_path(node))
-        if op in _RNN:
-            self._recurrent(node, _RNN[op], weights)
-        elif op == "embedding" and weights:
-            self._site(weights[0], "embedding", 0)
-        elif op in _CONV and len(weights) == 1:
-            self._product(node, weights[0], "conv")
-        elif op in _LINEAR and len(weights) == 1:
-            self._product(node, weights[0], "linear")
-        else:
-            if op in _LINEAR or op in {"bmm", "baddbmm"}:
-                self.macs += _numel(node) * _shape(inputs[-2 if op == "baddbmm" else 0])[-1]
-            elif op == "scaled_dot_product_attention":
-                query, key, value = (_shape(cast(fx.Node, a)) for a in node.args[:3])
-                self.macs += math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-            self._pass_on(node, op)
+            self.waiting.extend(p for p in _module_path(node) if self._drops(p))
+        if op in _VIEWS and node.args[0] in self.parameter:
+            self.parameter[node] = self.parameter[cast(fx.Node, node.args[0])]
+            return
+        if op in _RECURRENT:
+            self._recurrent(node, op)
+            return
+        kind, weights = self._weights(node, op)
+        macs = _macs(node, op)
+        for i, weight in enumerate(weights):
+            self._site(weight, kind, 0 if i else macs)
+        if not weights:
+            self.macs += macs
+        self._flow(node, op, weights[0] if weights else None)
+
+    def _weights(self, node: fx.Node, op: str) -> tuple[Kind, list[fx.Node]]:
+        """The parameters, or parts of them, that an operation multiplies by."""
+        kind, places = _FACTORS.get(op, ("linear", ()))
+        factors = [node.args[i] for i in places]
+        if op == "einsum":
+            factors = list(cast("list[Any]", node.args[1]))[::-1]
+        found = [cast(fx.Node, f) for f in factors if f in self.parameter]
+        return kind, [f for f in found if _dims(f) >= 2]
 
     def _site(self, weight: fx.Node, kind: Kind, macs: int) -> None:
         name = self.parameter[weight]
@@ -170,73 +234,67 @@ class _Reader:
         module = self.model.get_submodule(name.rpartition(".")[0])
         kind = "attention" if isinstance(module, nn.MultiheadAttention) else kind
         first, before = self.work.get(name, (kind, 0))
-        self.work[name] = (first, before + macs // self.batch)
+        self.work[name] = (first, before + macs)
         for path in self.waiting:
             self.dropouts.setdefault(path, name)
         self.waiting.clear()
 
-    def _product(self, node: fx.Node, weight: fx.Node, kind: Kind) -> None:
-        """A linear or a convolution: its work, what it reads, and the channels it makes."""
-        shape, name = _shape(weight), self.parameter[weight]
-        macs = _numel(node) * math.prod(shape[1:])
-        self._site(weight, kind, macs)
-        source = cast(fx.Node, node.args[0])
-        carried = self.channels.get(source)
-        aligned = kind == "conv" or (_op(node) == "linear" and _dims(source) == 2)
-        grouped = kind == "conv" and len(node.args) > 6 and node.args[-1] != 1
-        if carried is not None and aligned and not grouped:
-            self.reads.append((carried, name))
-            self.readers.setdefault(carried.source, set()).add(name)
-        else:
-            self._escapes(source)
-        if kind == "conv" or (_op(node) == "linear" and _dims(node) == 2):
-            self.channels[node] = _Channels(name, 1)
+    def _drops(self, path: str) -> bool:
+        return isinstance(getattr(self.model.get_submodule(path), "p", None), float)
 
-    def _recurrent(self, node: fx.Node, kind: Kind, weights: list[fx.Node]) -> None:
+    def _recurrent(self, node: fx.Node, op: str) -> None:
         """Each time step multiplies each weight once for each sequence of the batch."""
-        first = node.all_input_nodes[0]
-        steps = math.prod(_shape(first)[:-1])
-        for weight in weights:
-            self._site(weight, kind, steps * math.prod(_shape(weight)))
+        steps = math.prod(_shape(node.args[0])[:-1])
+        lists = [a for a in node.args if isinstance(a, list | tuple)]
+        held = node.args[2:] if op.endswith("_cell") else lists[-1]
+        for weight in cast("list[Any]", held):
+            if weight in self.parameter and _dims(weight) == 2:
+                self._site(weight, _RECURRENT[op], steps * _numel(weight))
+        self._escape(node)
+
+    def _flow(self, node: fx.Node, op: str, weight: fx.Node | None) -> None:
+        """Which channels the node reads, which it hands on, and which end in it."""
+        source = cast(fx.Node, node.args[0]) if node.args else None
+        carried = self.channels.get(source) if isinstance(source, fx.Node) else None
+        name = self.parameter[weight] if weight is not None and weight.op == "placeholder" else ""
+        makes = bool(name) and op in _OUT_FIRST and _dims(node) == _dims(weight)
+        if makes:
+            self.channels[node] = _Channels(name, 1)
+        taken = False
+        if carried is not None and source is not None:
+            grouped = op.startswith("conv") and len(node.args) > 6 and node.args[6] != 1
+            if makes and _dims(source) == _dims(node) and not grouped:
+                self.reads.append((carried, name))
+                self.readers.setdefault(carried.source, set()).add(name)
+                taken = True
+            elif op in _CHANNELWISE and ("pool" not in op or _dims(node) == int(op[-2]) + 2):
+                self.channels[node] = carried
+                taken = True
+            elif op in _JOINING and _joins(source, node):
+                width = carried.width * math.prod(_shape(source)[2:])
+                self.channels[node] = _Channels(carried.source, width)
+                taken = True
+        self._escape(node, but=source if taken else None)
+
+    def _escape(self, node: fx.Node, but: fx.Node | None = None) -> None:
+        """The inputs of the node are read by something that is no site."""
         for source in node.all_input_nodes:
-            self._escapes(source)
-
-    def _pass_on(self, node: fx.Node, op: str) -> None:
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        carried = self.channels.get(source) if source is not None else None
-        if carried is None or source is None:
-            for other in node.all_input_nodes:
-                self._escapes(other)
-        elif op in _CHANNELWISE:
-            self.channels[node] = carried
-        elif op in {"flatten", "view", "reshape", "_unsafe_view"} and _joins(source, node):
-            width = carried.width * math.prod(_shape(source)[2:])
-            self.channels[node] = _Channels(carried.source, width)
-        else:
-            self._escapes(source)
-
-    def _escapes(self, node: fx.Node) -> None:
-        if node in self.channels:
-            self.readers.setdefault(self.channels[node].source, set()).add("")
+            if source is not but and source in self.channels:
+                self.readers.setdefault(self.channels[source].source, set()).add("")
+                if _op(node).endswith("_"):  # it changes them where they are
+                    del self.channels[source]
 
     def _sites(self) -> tuple[Site, ...]:
-        tied: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(parameter), []).append(name)
-        aliases = {names[0]: tuple(names[1:]) for names in tied.values()}
-        primary = {n: names[0] for names in tied.values() for n in names}
-        found: dict[str, Site] = {}
-        for name, (kind, macs) in self.work.items():
-            first = primary.get(name, name)
-            seen = found.get(first)
-            found[first] = Site(
-                name=first,
-                kind=seen.kind if seen else kind,
-                shape=tuple(self.model.get_parameter(first).shape),
-                macs=macs + (seen.macs if seen else 0),
-                aliases=aliases.get(first, ()),
+        return tuple(
+            Site(
+                name=name,
+                kind=kind,
+                shape=tuple(self.model.get_parameter(name).shape),
+                macs=macs // self.batch,
+                aliases=self.aliases[name],
             )
-        return tuple(found.values())
+            for name, (kind, macs) in self.work.items()
+        )
 
     def _feeds(self) -> tuple[Feed, ...]:
         return tuple(
@@ -257,16 +315,52 @@ def _op(node: fx.Node) -> str:
     return str(target).split(".")[1] if "." in str(target) else str(target)
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
+def _macs(node: fx.Node, op: str) -> int:
+    """Multiply-accumulates of one operation, for the whole batch."""
+    a: Any = node.args
+    if op == "linear" or op in {"mm", "bmm", "matmul", "mv"}:
+        return _numel(node) * _shape(a[0])[-1]
+    if op in {"addmm", "baddbmm"}:
+        return _numel(node) * _shape(a[1])[-1]
+    if op == "bilinear":
+        return _numel(node) * math.prod(_shape(a[2])[1:])
+    if op.startswith("conv_transpose"):
+        return _numel(a[0]) * math.prod(_shape(a[1])[1:])
+    if op in {"conv1d", "conv2d", "conv3d"}:
+        return _numel(node) * math.prod(_shape(a[1])[1:])
+    if op == "tensordot":
+        return _numel(node) * math.prod(int(_shape(a[0])[d]) for d in a[2])
+    if op == "einsum" and len(a[1]) > 1:
+        return _numel(node) * _contracted(a[0], [_shape(o) for o in a[1]])
+    if op == "scaled_dot_product_attention":
+        query, key, value = _shape(a[0]), _shape(a[1]), _shape(a[2])
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 0
+
+
+def _contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """The product of the sizes that an einsum sums over."""
+    terms, arrow, output = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms.split(","), shapes, strict=True):
+        before, _, after = term.partition("...")
+        sizes.update(zip(before, shape, strict=False))
+        sizes.update(zip(after, shape[len(shape) - len(after) :], strict=True))
+    if not arrow:
+        output = "".join(c for c in sizes if terms.count(c) == 1)
+    return math.prod(n for label, n in sizes.items() if label not in output)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(int(n) for n in value.shape) if isinstance(value, Tensor) else ()
 
 
-def _dims(node: fx.Node) -> int:
+def _dims(node: Any) -> int:
     return len(_shape(node))
 
 
-def _numel(node: fx.Node) -> int:
+def _numel(node: Any) -> int:
     return math.prod(_shape(node))
 
 

@@ -119,13 +119,14 @@ def frontier(candidates: Iterable[Candidate], better: Direction) -> list[Candida
     """The candidates that no other beats on bytes, latency and score at once, smallest first.
 
     Latencies within a tenth of each other count as equal: they are measured, and machines are
-    noisy.
+    noisy. What was not measured beats nothing.
     """
 
     def axes(c: Candidate) -> tuple[float, float, float]:
         latency = c.measurement.latency()
         worse = -c.measurement.score if better == "higher" else c.measurement.score
-        return c.measurement.size_bytes, latency.median_ms if latency else 0.0, worse
+        worse = math.inf if math.isnan(worse) else worse
+        return c.measurement.size_bytes, latency.median_ms if latency else math.inf, worse
 
     def beats(a: Candidate, b: Candidate) -> bool:
         (size_a, ms_a, worse_a), (size_b, ms_b, worse_b) = axes(a), axes(b)

@@ -82,13 +82,13 @@ class PruneWeights(Recoding):
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
-        weights = {s.name: tensor_at(model, s.name).detach().abs() for s in sites}
+        weights = {s.name: tensor_at(model, s.name).detach() for s in sites}
         if self.threshold is not None or self.quality is not None or self.scope == "layer":
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
         elif self.scope == "sensitivity":
             sparsity = statistics.least_damage(sites, self.sparsity)
         else:
-            ranks = {n: _lamp(w) if self.scope == "lamp" else w for n, w in weights.items()}
+            ranks = {n: _lamp(w) if self.scope == "lamp" else w.abs() for n, w in weights.items()}
             every = torch.cat([r.flatten() for r in ranks.values()])
             cut = every.kthvalue(max(1, round(self.sparsity * every.numel()))).values
             sparsity = {n: float((r <= cut).double().mean()) for n, r in ranks.items()}
@@ -101,18 +101,20 @@ class PruneWeights(Recoding):
             for n, s in sparsity.items()
         }  # fmt: skip
 
-    def _kept(self, magnitudes: Tensor) -> int:
+    def _kept(self, weights: Tensor) -> int:
         """How many weights this site keeps, by the rule in force."""
         if self.threshold is not None:
-            kept = int((magnitudes >= self.threshold).sum())
+            kept = int((weights.abs() >= self.threshold).sum())
         elif self.quality is not None:
-            kept = int((magnitudes >= self.quality * magnitudes.std(correction=0)).sum())
+            kept = int((weights.abs() >= self.quality * weights.std(correction=0)).sum())
         else:
-            kept = round((1 - self.sparsity) * magnitudes.numel())
-        least = max(1, round(self.floor * magnitudes.numel()))
+            kept = round((1 - self.sparsity) * weights.numel())
+        least = max(1, round(self.floor * weights.numel()))
         if kept < least:
-            _log.warning("prune_weights: the floor keeps %d weights where %d were asked for; "
-                         "to remove a whole layer use drop_blocks", least, kept)  # fmt: skip
+            _log.warning(
+                "prune_weights: the floor keeps %d weights where %d were asked for; to remove a "
+                "whole layer use drop_blocks", least, kept,
+            )  # fmt: skip
         return max(kept, least)
 
     def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
@@ -134,8 +136,8 @@ class PruneWeights(Recoding):
             )
         if not bool(core.isfinite().all()):
             raise RecipeError(f"prune_weights: site {site.name!r} holds NaN or infinite weights")
-        magnitudes = core.abs() if matters is None else core.abs() * matters
-        form = Mask(magnitudes > 0, self._kept(magnitudes), self.steps)
+        held = core if matters is None else core * matters
+        form = Mask(held != 0, self._kept(held), self.steps)
         form.advance(core, 0.0)
         _say_what_is_empty(site, form.mask)
         return form, core
@@ -247,12 +249,12 @@ def _plain_bytes(kept: int, fraction: float) -> float:
     return kept * (1 + high_bits / 8)
 
 
-def _lamp(magnitudes: Tensor) -> Tensor:
+def _lamp(weights: Tensor) -> Tensor:
     """w² over the sum of all squares in the layer that are no smaller."""
-    squares, order = magnitudes.flatten().double().square().sort(descending=True)
+    squares, order = weights.flatten().double().square().sort(descending=True)
     score = torch.empty_like(squares)
     score[order] = squares / squares.cumsum(0).clamp(min=1e-300)
-    return score.reshape(magnitudes.shape)
+    return score.reshape(weights.shape)
 
 
 def _say_what_is_empty(site: Site, mask: Tensor) -> None:

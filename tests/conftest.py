@@ -1,0 +1,65 @@
+"""What the tests share: real digits, a small trained network, and its task."""
+
+import functools
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import taut
+from taut.data import Batches
+
+
+# One thread is fastest for nets this small, and leaves the other cores to whoever else runs.
+torch.set_num_threads(1)
+
+
+def small_net():
+    """64-48-32-10, for scikit-learn's 8 × 8 digits."""
+    return nn.Sequential(
+        nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 32), nn.ReLU(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+@functools.cache
+def _digits():
+    data = load_digits()
+    x = torch.tensor(data.data, dtype=torch.float32) / 16
+    y = torch.tensor(data.target, dtype=torch.int64)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], y[order]
+
+
+def digits_task(**changes):
+    """1,200 digits to train on, 200 to choose by, 397 to test on."""
+    x, y = _digits()
+    options = {
+        "train": Batches(x[:1200], y[:1200], 64, shuffle=True),
+        "validation": Batches(x[1200:1400], y[1200:1400], 200),
+        "test": Batches(x[1400:], y[1400:], 397),
+        "name": "digits",
+    }
+    return taut.Task(**{**options, **changes})
+
+
+@functools.cache
+def _trained_state():
+    torch.manual_seed(0)
+    net = small_net()
+    taut.recover(net, digits_task(), taut.Recover(epochs=12, learning_rate=5e-3, distill=0.0))
+    return net.state_dict()
+
+
+@pytest.fixture
+def task():
+    return digits_task()
+
+
+@pytest.fixture
+def trained():
+    """A small network that knows its digits (about 95 %)."""
+    net = small_net()
+    net.load_state_dict(_trained_state())
+    return net.eval()

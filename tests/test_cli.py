@@ -1,0 +1,124 @@
+"""The command line: what it prints, its exit codes, its refusals."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import taut.cli
+from taut.cli import EXIT_NOT_MET, app, main
+
+TASK = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import conftest, torch
+    task = conftest.digits_task()
+    train, validation, test = (lambda s=s: task._data[s] for s in ("train", "validation", "test"))
+    def model():
+        net = conftest.small_net()
+        net.load_state_dict(torch.load({weights!r}, weights_only=True))
+        return net
+"""
+
+
+@pytest.fixture
+def task_file(trained, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(trained.state_dict(), weights)
+    file = tmp_path / "task.py"
+    tests = str(Path(__file__).parent)
+    file.write_text(textwrap.dedent(TASK).format(tests=tests, weights=str(weights)))
+    return file
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def compressed(task_file, tmp_path):
+    folder = tmp_path / "run"
+    recipe = "prune_weights(sparsity=0.7) > recover(epochs=2) > share_values(bits=4)"
+    done = run("compress", task_file, "--recipe", recipe, "--run-folder", folder)
+    assert done.exit_code == 0, done.output
+    return folder, done.output
+
+
+def test_compress_shows_the_table_and_names_its_files(compressed):
+    folder, output = compressed
+    size = (folder / "net.taut").stat().st_size
+    assert f"{size:,}" in output
+    assert "latency, batch 1, 1 threads, pytorch" in output
+    assert (folder / "report.html").is_file()
+    for name in ("net.taut", "report.html"):
+        assert str(folder / name) in output.replace("\n", "")
+
+
+def test_measure_reads_the_file_back_to_the_same_score(compressed, task_file):
+    folder, _ = compressed
+    done = run("measure", task_file, folder / "net.taut", "--json")
+    found = json.loads(done.stdout)
+    record = json.loads((folder / "run.json").read_text())
+    promised = record["candidates"][record["chosen"]]["measurement"]
+    assert found["net.taut"]["score"] == promised["score"]
+    assert found["net.taut"]["size_bytes"] == (folder / "net.taut").stat().st_size
+    assert found["original"]["score"] == record["original"]["score"]
+
+
+def test_inspect_accounts_for_every_byte(compressed):
+    folder, _ = compressed
+    found = json.loads(run("inspect", folder / "net.taut", "--json").stdout)
+    coded = sum(t["size_bytes"] for t in found["tensors"])
+    assert found["size_bytes"] == (folder / "net.taut").stat().st_size
+    assert coded + found["overhead_bytes"] == pytest.approx(found["size_bytes"], abs=1)
+    text = run("inspect", folder / "net.taut").output
+    assert "values.index" in text
+    assert "Huffman" in text
+
+
+def test_techniques_lists_every_option_with_its_range(monkeypatch):
+    monkeypatch.setattr(taut.cli.out, "width", 200)
+    text = run("techniques").output
+    for word in ("prune_weights", "share_values", "recover", "[0, 1)", "[1, 8]", "distill"):
+        assert word in text
+
+
+def test_a_goal_that_is_not_met_exits_so(task_file, tmp_path):
+    done = run(
+        "compress", task_file, "--goal", "bytes<=1%, score>=+5%", "--epochs", "1", "--trials", "1",
+        "--run-folder", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert done.exit_code == EXIT_NOT_MET
+    found = json.loads(done.stdout)
+    assert found["met"] is False
+    assert [v["bound"] for v in found["verdicts"]] == ["bytes<=1%", "score>=+5%"]
+
+
+def test_a_refusal_is_one_line_and_exit_code_two(task_file, capsys, monkeypatch):
+    command = ["taut", "compress", str(task_file), "--recipe", "prune_weight(sparsity=0.9)"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "RecipeError: no technique is named 'prune_weight'; did you mean" in printed.err
+    assert "Traceback" not in printed.err + printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --recipe or --goal"),
+        (["--recipe", "share_values()", "--goal", "bytes<=5%"], "give either --recipe or --goal"),
+        (["--recipe", "bytes<=5%"], "belongs to --goal"),
+        (["--goal", "share_values(bits=4)"], "belongs to --recipe"),
+    ],
+)
+def test_recipe_and_goal_are_told_apart(task_file, arguments, message):
+    done = run("compress", task_file, *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())

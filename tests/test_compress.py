@@ -1,0 +1,253 @@
+"""A whole run: recipe or goal, its folder, killing it, reading its file back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import digits_task, small_net
+
+import taut
+from taut.errors import GoalError, RecipeError, RunError, TraceError
+from taut.files import write_atomically
+
+RECIPE = (
+    "prune_weights(sparsity=0.8, steps=2) > recover(epochs=10) > share_values(bits=4) > "
+    "recover(epochs=5)"
+)
+
+
+def test_a_recipe_from_start_to_finish(trained, task, tmp_path):
+    before = {k: v.clone() for k, v in trained.state_dict().items()}
+    result = taut.compress(trained, task, RECIPE, folder=tmp_path / "run")
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+    file = tmp_path / "run" / "net.taut"
+    assert result.measurement.size_bytes == file.stat().st_size
+    assert result.ratio == 4 * sum(p.numel() for p in trained.parameters()) / file.stat().st_size
+    assert result.ratio > 15
+    assert result.measurement.score > result.original.score - 0.03
+    fresh = taut.load(file, small_net())
+    assert task.evaluate(fresh) == result.measurement.score
+    assert task.evaluate(result.model) == result.measurement.score
+    kept = sum(int((taut.modules.tensor_at(fresh, n) != 0).sum()) for n in
+               ("0.weight", "3.weight", "5.weight"))  # fmt: skip
+    assert result.measurement.nonzero_parameters == kept + 48 + 32 + 10
+    assert [r.epoch for r in result.history] == [*range(1, 11), *range(1, 6)]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["versions"]["torch"] == torch.__version__
+    assert "epoch 3" in (tmp_path / "run" / "log.txt").read_text()
+    saved = result.save(tmp_path / "copy.taut")
+    assert saved.read_bytes() == file.read_bytes()
+
+
+def test_the_same_call_again_returns_at_once(trained, task, tmp_path):
+    first = taut.compress(trained, task, RECIPE, folder=tmp_path)
+
+    class Quiet(taut.Watch):
+        def on_epoch(self, record):
+            pytest.fail("trained again")
+
+    again = taut.compress(trained, task, RECIPE, folder=tmp_path, watch=Quiet())
+    assert again.measurement == first.measurement
+    assert again.candidate.recipe == first.candidate.recipe
+
+
+def test_the_same_seed_writes_the_same_bytes(trained, task, tmp_path):
+    files = []
+    for name in ("a", "b"):
+        result = taut.compress(trained, task, RECIPE, folder=tmp_path / name, seed=3)
+        files.append((result.folder / "net.taut").read_bytes())
+    other = taut.compress(trained, task, RECIPE, folder=tmp_path / "c", seed=4)
+    assert files[0] == files[1]
+    assert (other.folder / "net.taut").read_bytes() != files[0]
+
+
+def test_another_run_in_the_folder_is_refused_and_fresh_replaces_it(trained, task, tmp_path):
+    taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    with pytest.raises(RunError, match="belongs to another run .its asked is 'share_values"):
+        taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path)
+    result = taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path, fresh=True)
+    assert "bits=3" in result.candidate.recipe
+
+
+def test_names_follow_from_what_is_asked(trained, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = taut.compress(trained, task, "share_values(bits=4)")
+    two = taut.compress(trained, task, "share_values(bits=3)")
+    assert one.folder != two.folder
+    assert one.folder.parent == Path("runs")
+
+
+def test_a_goal_is_met_and_says_so(trained, task, tmp_path):
+    result = taut.compress(
+        trained, task, "bytes<=10%, score>=-3%", folder=tmp_path, epochs=6, trials=4
+    )
+    assert result.met
+    assert result.measurement.size_bytes <= 0.1 * result.original.size_bytes
+    assert [v.holds for v in result.verdicts] == [True, True]
+    assert all(v.reached == r for v, r in zip(
+        result.verdicts, (result.measurement.size_bytes, result.measurement.score), strict=True
+    ))  # fmt: skip
+
+
+def test_a_goal_out_of_reach_gives_the_nearest_and_never_claims_it(trained, task, tmp_path):
+    result = taut.compress(
+        trained, task, "bytes<=1%, score>=+4%", folder=tmp_path, epochs=2, trials=3
+    )
+    assert not result.met
+    assert not all(v.holds for v in result.verdicts)
+    distance = result.goal.distance
+    tried = [
+        taut.Candidate.from_json(c)
+        for c in json.loads((tmp_path / "run.json").read_text())["candidates"]
+    ]
+    assert distance(result.measurement, result.original) == min(
+        distance(c.measurement, result.original) for c in tried
+    )
+
+
+def test_without_a_bound_on_bytes_the_file_gets_as_small_as_the_score_allows(
+    trained, task, tmp_path
+):
+    result = taut.compress(trained, task, "score>=-4%", folder=tmp_path, epochs=15, trials=4)
+    assert result.met
+    assert result.ratio > 15
+
+
+TASK = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import conftest
+    task = conftest.digits_task()
+    train, validation, test = (task._data[s] for s in ("train", "validation", "test"))
+    train, validation, test = (lambda d=d: d for d in (train, validation, test))
+    def model():
+        net = conftest.small_net()
+        import torch
+        net.load_state_dict(torch.load({weights!r}, weights_only=True))
+        return net
+"""
+
+
+@pytest.fixture
+def task_file(trained, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.save(trained.state_dict(), weights)
+    file = tmp_path / "task.py"
+    text = textwrap.dedent(TASK).format(tests=str(Path(__file__).parent), weights=str(weights))
+    file.write_text(text)
+    return file
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(task_file, tmp_path):
+    recipe = "prune_weights(sparsity=0.8) > recover(epochs=40) > share_values(bits=4)"
+
+    def command(folder):
+        return [
+            sys.executable, "-m", "taut.cli", "compress", str(task_file), "--recipe", recipe,
+            "--run-folder", str(folder), "--json",
+        ]  # fmt: skip
+
+    log = tmp_path / "killed" / "log.txt"
+    process = subprocess.Popen(command(log.parent), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if log.is_file() and "epoch 5:" in log.read_text():
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = log.read_text()
+    assert "epoch 5:" in before
+    assert "epoch 40:" not in before
+    assert not (log.parent / "net.taut").exists()
+    subprocess.run(command(log.parent), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    after = log.read_text()[len(before) :]
+    last = max(int(line.split("epoch ")[1].split(":")[0]) for line in before.splitlines()
+               if "epoch " in line)  # fmt: skip
+    again = [line for line in after.splitlines() if "epoch " in line]
+    assert len(again) <= 40 - last + 1  # at most the epoch in flight is trained twice
+    bytes_of = [(f / "net.taut").read_bytes() for f in (log.parent, tmp_path / "whole")]
+    assert bytes_of[0] == bytes_of[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "message"),
+    [
+        ("prune_weight(sparsity=0.9)", RecipeError, "did you mean 'prune_weights'"),
+        ("prune_weights(sparsty=0.9)", RecipeError, "did you mean 'sparsity'"),
+        ("prune_weights(sparsity=1.0)", RecipeError, r"must lie in \[0, 1\), got 1.0"),
+        ("prune_weights(only='conv*')", RecipeError, "matches no site; known: 0.weight, 3.weight"),
+        ("bytes<=0%", GoalError, "must stay above 0"),
+        ("bites<=5%", GoalError, "did you mean 'bytes'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(
+    trained, task, tmp_path, wanted, error, message
+):
+    with pytest.raises(error, match=message):
+        taut.compress(trained, task, wanted, folder=tmp_path / "run")
+
+
+def test_a_network_that_cannot_be_traced_is_refused_with_the_reason(task, tmp_path):
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x[:, :10]
+
+    with pytest.raises(TraceError, match=r"Branching cannot be traced by torch.export: .+ branch"):
+        taut.compress(Branching(), task, RECIPE, folder=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(trained, task, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write .*run.json: .*--run-folder"):
+        taut.compress(trained, task, RECIPE, folder=blocker / "run")
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "net.taut"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device; free some space"):
+        write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_record_that_is_damaged_is_named(trained, task, tmp_path):
+    (tmp_path / "run.json").write_text("{half")
+    with pytest.raises(RunError, match=r"cannot read .*run.json.*--fresh"):
+        taut.compress(trained, task, RECIPE, folder=tmp_path)
+
+
+def test_apply_takes_techniques_only(trained, task):
+    with pytest.raises(RecipeError, match="apply takes a technique"):
+        taut.apply(trained, "recover(epochs=1)", task)
+
+
+def test_lower_is_better_reaches_goals_too(trained, tmp_path):
+    def loss_of(output, target):
+        return float(torch.nn.functional.cross_entropy(output, target))
+
+    task = digits_task(score=loss_of, better="lower")
+    result = taut.compress(
+        trained, task, "bytes<=15%, score<=+60%", folder=tmp_path, epochs=4, trials=2
+    )
+    assert result.goal.bounds[1].limit(result.original) > result.original.score
+    assert result.met == all(v.holds for v in result.verdicts)

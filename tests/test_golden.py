@@ -1,0 +1,220 @@
+"""Golden files: what an older Taut wrote is read to the last bit, and written again the same.
+
+After a change of the format on purpose: `TAUT_WRITE_GOLDEN=1 pytest tests/test_golden.py`.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from taut.layers import packed_layers
+from taut.pack import DICTIONARY, encode, inspect, load
+from taut.recoding import FORMATS, PackedWeight, Plain
+from taut.techniques.prune_weights import SparseWeight
+from taut.techniques.share_values import SharedValues
+
+FOLDER = Path(__file__).parent / "golden"
+State = dict[tuple[str, ...], PackedWeight]
+
+
+class Net(nn.Module):
+    """A convolution, a norm, and two layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = nn.BatchNorm2d(3)
+        self.first = nn.Linear(20, 20, bias=False)
+        self.again = nn.Linear(20, 20)
+        self.again.weight = self.first.weight
+
+
+def numbers(*shape: int) -> Tensor:
+    """Multiples of 1/16 in [-1, 1], which every precision holds exactly: a function of nothing."""
+    i = torch.arange(torch.Size(shape).numel())
+    return (((7 * i * i + 3 * i) % 33 - 16) / 16).reshape(shape)
+
+
+def mask(*shape: int) -> Tensor:
+    """About a third of the places, in rows and columns unlike each other."""
+    i = torch.arange(torch.Size(shape).numel())
+    return ((i * i + i // 20) % 7 < 2).reshape(shape)
+
+
+def index(count: int) -> Tensor:
+    i = torch.arange(count)
+    return (i * i + 2) % 11 % 5
+
+
+TABLE = torch.tensor([-0.75, -0.125, 0.0, 0.25, 1.0])
+
+
+def plain(*shape: int) -> PackedWeight:
+    return Plain.of(numbers(*shape))
+
+
+def sparse(*shape: int) -> PackedWeight:
+    return SparseWeight(mask(*shape), Plain.of(numbers(*shape)[mask(*shape)]))
+
+
+def shared(*shape: int) -> PackedWeight:
+    return SharedValues(index(torch.Size(shape).numel()).reshape(shape), Plain.of(TABLE))
+
+
+def sparse_shared(*shape: int) -> PackedWeight:
+    kept = mask(*shape)
+    return SparseWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)))
+
+
+def dense_sparse_shared(*shape: int) -> Tensor:
+    """One place after another, as a person would."""
+    out, seen = [], 0
+    for kept in mask(*shape).flatten().tolist():
+        out.append(float(TABLE[index(seen + 1)[-1]]) if kept else 0.0)
+        seen += kept
+    return torch.tensor(out).reshape(shape)
+
+
+WRITTEN = {
+    "plain": plain,
+    "sparse": sparse,
+    "shared_values": shared,
+    "sparse_shared": sparse_shared,
+}
+MEANT = {
+    "plain": numbers,
+    "sparse": lambda *shape: numbers(*shape) * mask(*shape),
+    "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
+    "sparse_shared": dense_sparse_shared,
+}
+NODES: dict[str, Any] = {
+    "plain": ["plain.v1"],
+    "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
+    "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
+    "sparse_shared": [
+        "sparse.v1",
+        {},
+        {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
+    ],
+}
+MOST, LEAST = 2**63 - 1, -(2**62)
+
+
+def written(name: str) -> State:
+    """What the file of this name holds."""
+    make = WRITTEN[name]
+    return {
+        ("conv.weight",): make(3, 2, 3, 3),
+        ("first.weight", "again.weight"): make(20, 20),
+        ("conv.bias",): Plain.of(torch.tensor([0.1, 1e-30, -3e38]), "float32"),
+        ("norm.weight",): Plain.of(numbers(3), "bfloat16"),
+        ("norm.bias",): Plain.of(numbers(3), "float16"),
+        ("norm.running_mean",): Plain.of(torch.tensor([MOST, LEAST, -1])),
+        ("norm.running_var",): Plain.of(torch.zeros(3)),
+        ("norm.num_batches_tracked",): Plain.of(torch.tensor(1234)),
+        ("again.bias",): Plain.of(numbers(20), "float32"),
+    }
+
+
+def meant(name: str) -> dict[str, Tensor]:
+    """What the file of this name says, without Taut."""
+    make = MEANT[name]
+    return {
+        "conv.weight": make(3, 2, 3, 3),
+        "conv.bias": torch.tensor([0.1, 1e-30, -3e38]),
+        "norm.weight": numbers(3),
+        "norm.bias": numbers(3),
+        "norm.running_mean": torch.tensor([2.0**63, -(2.0**62), -1.0]),
+        "norm.running_var": torch.zeros(3),
+        "norm.num_batches_tracked": torch.tensor(1234),
+        "first.weight": make(20, 20),
+        "again.weight": make(20, 20),
+        "again.bias": numbers(20),
+    }
+
+
+def header(name: str) -> list[Any]:
+    """The header of the file of this name, as docs/format.md has it."""
+    node = NODES[name]
+    return [
+        ["conv.weight", [3, 2, 3, 3], node],
+        [["first.weight", "again.weight"], [20, 20], node],
+        ["conv.bias", [3], ["plain.v1", {"as": "float32"}]],
+        ["norm.weight", [3], ["plain.v1", {"as": "bfloat16"}]],
+        ["norm.bias", [3], ["plain.v1"]],
+        ["norm.running_mean", [3], ["plain.v1", {"as": "int64"}]],
+        ["norm.running_var", [3], ["plain.v1"]],
+        ["norm.num_batches_tracked", [], ["plain.v1", {"as": "int64"}]],
+        ["again.bias", [20], ["plain.v1", {"as": "float32"}]],
+    ]
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    """The header's text, inflated, and the stream: a reader of its own, for short headers."""
+    assert data[:5] == b"TAUT\x01"
+    assert data[-8:] == xxhash.xxh3_64(data[:-8]).digest()
+    length, start = data[5], 6
+    if length > 127:
+        length, start = length - 128 + 128 * data[6], 7
+    inflater = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
+    return inflater.decompress(data[start : start + length]), data[start + length : -8]
+
+
+@pytest.fixture(params=sorted(WRITTEN))
+def name(request: pytest.FixtureRequest) -> str:
+    chosen = str(request.param)
+    if os.environ.get("TAUT_WRITE_GOLDEN"):
+        FOLDER.mkdir(exist_ok=True)
+        (FOLDER / f"{chosen}.taut").write_bytes(encode(written(chosen)))
+    return chosen
+
+
+def test_a_golden_file_decodes_to_the_exact_tensors(name: str) -> None:
+    model = load(FOLDER / f"{name}.taut", Net())
+    for tensor_name, expected in meant(name).items():
+        module, leaf = model.get_submodule(tensor_name.partition(".")[0]), tensor_name
+        got = getattr(module, leaf.partition(".")[2])
+        assert got.dtype is expected.dtype
+        assert torch.equal(got, expected), tensor_name
+    packed = {} if name == "plain" else packed_layers(model)
+    assert list(packed) == ([] if name == "plain" else ["conv", "first", "again"])
+    for layer in packed.values():
+        assert layer.packed["weight"].format == NODES[name][0]
+
+
+def test_writing_it_again_gives_the_same_file(name: str) -> None:
+    golden = (FOLDER / f"{name}.taut").read_bytes()
+    text, stream = split(golden)
+    text_now, stream_now = split(encode(written(name)))
+    assert text == text_now
+    assert stream == stream_now
+    assert text == json.dumps(header(name), separators=(",", ":")).encode()
+
+
+def test_every_format_has_a_golden_file() -> None:
+    assert {p.stem for p in FOLDER.glob("*.taut")} == set(WRITTEN)
+    found = {
+        word
+        for path in FOLDER.glob("*.taut")
+        for word in split(path.read_bytes())[0].decode().split('"')
+        if word in FORMATS
+    }
+    assert found == {n for n in FORMATS if FORMATS[n].__module__.startswith("taut.")}
+    total_bytes = sum(p.stat().st_size for p in FOLDER.glob("*.taut"))
+    assert total_bytes < 8000
+
+
+def test_the_account_of_a_golden_file(name: str) -> None:
+    summary = inspect(FOLDER / f"{name}.taut")
+    assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20
+    count = {t.names[0]: sum(p.count for p in t.parts.values()) for t in summary.tensors}
+    kept = int(mask(20, 20).sum())
+    expected = {"plain": 400, "sparse": 400 + kept, "shared_values": 405}
+    assert count["first.weight"] == expected.get(name, 400 + kept + 5)
