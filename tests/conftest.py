@@ -10,7 +10,6 @@ from torch import nn
 import taut
 from taut.data import Batches
 
-
 # One thread is fastest for nets this small, and leaves the other cores to whoever else runs.
 torch.set_num_threads(1)
 

@@ -71,7 +71,7 @@ def test_the_same_seed_writes_the_same_bytes(trained, task, tmp_path):
 
 def test_another_run_in_the_folder_is_refused_and_fresh_replaces_it(trained, task, tmp_path):
     taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
-    with pytest.raises(RunError, match="belongs to another run .its asked is 'share_values"):
+    with pytest.raises(RunError, match=r"belongs to another run .its asked is 'share_values"):
         taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path)
     result = taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path, fresh=True)
     assert "bits=3" in result.candidate.recipe

@@ -191,7 +191,7 @@ def test_a_neuron_with_a_second_reader_stays(task):
 def test_dead_neurons_leave_the_file(tmp_path, task):
     net = Conv()
     kill = [("d.weight", (slice(None), slice(0, 6)))]
-    _, _, _, traced = killed(net, task, kill)
+    killed(net, task, kill)
     taut.pack(net, tmp_path / "net.taut")
     parts = {t.names[0]: t for t in taut.inspect(tmp_path / "net.taut").tensors}
     assert parts["c.weight"].parts["values.values"].count <= 5 * 2  # two bytes a kept weight

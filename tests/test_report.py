@@ -20,23 +20,26 @@ from torch import Tensor, nn
 import taut
 from taut import report
 from taut.errors import RunError
-from taut.report import ReportData, Row, format_amount, format_change, report_data, write_report
-from taut.types import Candidate, Latency, Measurement
+from taut.recoding import Plain
+from taut.report import ReportData, Row, format_change, report_data, write_report
+from taut.techniques.share_values import SharedValues
+from taut.types import Candidate, Measurement
 
 RECIPE = (
     "prune_weights(sparsity=0.8, scope='layer') > recover(epochs=2) > share_values(bits=4) > "
     "recover(epochs=1)"
 )
 HOSTILE = "</script><b>bold & brash</b>"
+POINT = "\N{MINUS SIGN}1.00 points"
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def digits() -> tuple[Batches, Batches]:
+def digits() -> dict[str, Batches]:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32) / 16
     y = torch.tensor(labels)
     pairs = list(zip(x.split(100), y.split(100), strict=True))
-    return pairs[:12], pairs[12:]
+    return {"train": pairs[:12], "test": pairs[12:]}
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -51,8 +54,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def result(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> taut.Result:
-    train, test = digits()
-    task = taut.Task(train=train, test=test, name=f"digits {HOSTILE}")
+    task = taut.Task(**digits(), name=f"digits {HOSTILE}")
     return taut.compress(model, task, RECIPE, folder=tmp_path_factory.mktemp("run"))
 
 
@@ -64,14 +66,8 @@ def data(result: taut.Result, model: nn.Module) -> ReportData:
 @pytest.fixture(scope="module")
 def lower(tmp_path_factory: pytest.TempPathFactory) -> tuple[taut.Result, nn.Module]:
     """A goal on a score of which less is better, with several candidates."""
-    train, test = digits()
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output, target)
-
-    task = taut.Task(
-        train=train, test=test, validation=test, score=loss, better="lower", name="lower"
-    )
+    data, loss = digits(), nn.functional.cross_entropy
+    task = taut.Task(**data, validation=data["test"], score=loss, better="lower")
     model = network(1)
     folder = tmp_path_factory.mktemp("goal")
     goal = "bytes<=15%, score<=+1%, latency<=1%"
@@ -86,9 +82,8 @@ def test_sizes_are_those_of_the_files(
 ) -> None:
     size = (result.folder / "net.taut").stat().st_size
     raw = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    assert data.after_bytes == size
-    assert data.before_bytes == raw == sum(t.before_bytes for t in data.tensors)
-    assert data.ratio == raw / size
+    assert (data.before_bytes, data.after_bytes, data.ratio) == (raw, size, raw / size)
+    assert raw == sum(t.before_bytes for t in data.tensors)
     coded = sum(p.size_bytes for t in data.tensors for p in t.parts)
     assert math.ceil(coded) + data.overhead_bytes == size
     assert coded == pytest.approx(sum(t.after_bytes for t in data.tensors))
@@ -121,8 +116,6 @@ def test_every_weight_is_counted_once_before_and_once_after(
         assert site.shape == before.shape
         edges = np.array(site.edges)
         assert len(edges) == len(site.before) + 1 == len(site.after) + 1
-        assert edges[0] <= before.min()
-        assert edges[-1] >= before.max()
         for i in (0, 20, 40, len(site.before) - 2):
             inside = (before >= edges[i]) & (before < edges[i + 1])
             assert site.before[i] == int(inside.sum())
@@ -140,11 +133,7 @@ def test_centroids_are_the_tables_of_the_file(data: ReportData, result: taut.Res
 
 
 def test_equal_centroids_share_their_count_but_do_not_double_it() -> None:
-    from taut.recoding import Plain
-    from taut.techniques.share_values import SharedValues
-
-    table = Plain.of(torch.tensor([0.5, 0.5, -1.0]))
-    shared = SharedValues(torch.tensor([0, 1, 1, 2]), table)
+    shared = SharedValues(torch.tensor([0, 1, 1, 2]), Plain.of(torch.tensor([0.5, 0.5, -1.0])))
     site = report._site_weights("w", np.zeros(4), shared.dense().double().numpy(), shared)
     assert site.centroids == (-1.0, 0.5, 0.5)
     assert site.centroid_counts == (1, 3, 0)
@@ -166,18 +155,14 @@ def test_the_table_holds_both_measurements(data: ReportData, result: taut.Result
         "Effective MACs": "effective_macs", "Peak memory": "peak_memory_bytes",
     }  # fmt: skip
     for label, name in named.items():
-        assert (rows[label].before, rows[label].after) == (
-            getattr(before, name),
-            getattr(after, name),
-        )
+        row = rows[label]
+        assert (row.before, row.after) == (getattr(before, name), getattr(after, name))
     for batch in (1, 64):
-        row, old, new = rows[f"Latency, batch {batch}"], before.latency(batch), after.latency(batch)
-        assert old is not None
-        assert new is not None
+        row = rows[f"Latency, batch {batch}"]
+        old, new = (next(x for x in m.latencies if x.batch == batch) for m in (before, after))
         assert (row.before, row.before_spread) == (old.median_ms, old.iqr_ms)
         assert (row.after, row.after_spread) == (new.median_ms, new.iqr_ms)
-        assert f"{old.threads} thread" in row.detail
-        assert "pytorch" in row.detail
+        assert row.detail == f"{old.threads} thread{'s' * (old.threads > 1)}, pytorch"
 
 
 def test_epochs_run_on_through_the_recoveries(data: ReportData, result: taut.Result) -> None:
@@ -202,12 +187,9 @@ def test_what_it_takes_to_do_it_again(data: ReportData, result: taut.Result) -> 
 
 
 def test_without_a_goal_there_are_no_verdicts(data: ReportData) -> None:
-    assert data.goal is None
-    assert data.bounds == ()
-    assert data.met
-    assert [c.meets_goal for c in data.candidates] == [None]
-    assert data.candidates[0].chosen
-    assert data.candidates[0].on_frontier
+    assert (data.goal, data.bounds, data.met) == (None, (), True)
+    (only,) = data.candidates
+    assert (only.meets_goal, only.chosen, only.on_frontier) == (None, True, True)
 
 
 def test_all_candidates_are_there_and_the_frontier_is_flagged(
@@ -216,13 +198,11 @@ def test_all_candidates_are_there_and_the_frontier_is_flagged(
     result, model = lower
     data = report_data(result, model)
     record = json.loads((result.folder / "run.json").read_text())
-    assert data.better == "lower"
-    assert not data.score_is_fraction
+    assert (data.better, data.score_is_fraction) == ("lower", False)
     assert len(data.candidates) == len(record["candidates"]) == 2
     kept = {c.recipe for c in result.candidates}
     assert {c.recipe for c in data.candidates if c.on_frontier} == kept
     assert [c.recipe for c in data.candidates if c.chosen] == [result.candidate.recipe]
-    assert data.command.startswith("taut compress task.py --goal 'bytes<=15%, score<=+1%")
 
 
 def test_each_bound_comes_with_what_was_asked_and_reached(
@@ -237,9 +217,8 @@ def test_each_bound_comes_with_what_was_asked_and_reached(
     assert bytes_.holds == (data.after_bytes <= bytes_.limit)
     assert score.limit == pytest.approx(1.01 * data.score_before)
     assert score.holds == (data.score_after <= score.limit)
-    assert not latency.holds
     assert latency.reached > latency.limit
-    assert not data.met
+    assert (latency.holds, data.met) == (False, False)
 
 
 def test_a_beaten_candidate_is_not_on_the_frontier(result: taut.Result) -> None:
@@ -271,11 +250,7 @@ def test_a_timing_changes_only_by_more_than_its_spread() -> None:
         (Row(label="", unit="bytes", before=100, after=400), "worse", "4.00× larger"),
         (Row(label="", unit="count", before=9, after=9), "same", "the same"),
         (Row(label="", unit="count", before=9, after=0), "better", "fewer"),
-        (
-            Row(label="", unit="score", better="higher", before=0.99, after=0.98),
-            "worse",
-            "\N{MINUS SIGN}1.00 points",
-        ),
+        (Row(label="", unit="score", better="higher", before=0.99, after=0.98), "worse", POINT),
         (Row(label="", unit="score", better="lower", before=0.99, after=0.98), "better", None),
         (Row(label="", unit="score", before=1.0, after=math.nan), "unknown", ""),
     ],
@@ -283,12 +258,6 @@ def test_a_timing_changes_only_by_more_than_its_spread() -> None:
 def test_changes_in_words(row: Row, change: str, words: str | None) -> None:
     assert row.change == change
     assert words is None or format_change(row, percent=True) == words
-
-
-def test_amounts_that_are_no_numbers_are_said_so() -> None:
-    assert format_amount(None, "ms") == "not measured"
-    assert format_amount(math.inf, "ms") == "not a finite number"
-    assert format_amount(23.4567, "score") == "23.46"
 
 
 def test_a_run_without_its_record_is_refused(
@@ -334,11 +303,13 @@ def test_the_page_loads_nothing_and_is_small(page: str) -> None:
     own = without_script(page)
     assert len(page.encode()) < 6_000_000
     assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:)?//""", own)
-    assert "url(" not in own
-    assert "@import" not in own
+    assert not re.search(r"url\(|@import", own)
     assert set(re.findall(r'href="([^"]*)"', own)) >= {"#main", "#numbers", "#file"}
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', own))
-    assert "default-src 'none'" in html.unescape(own)
+    policy = re.search(r'content="(default-src[^"]*)"', own)
+    assert policy is not None
+    sources = {word for rule in policy[1].split(";") for word in rule.split()[1:]}
+    assert sources == {"'none'", "'unsafe-inline'", "data:"}
 
 
 def test_links_and_labels_lead_somewhere(page: str) -> None:
@@ -357,7 +328,6 @@ def test_links_and_labels_lead_somewhere(page: str) -> None:
 def test_the_page_holds_all_numbers_as_json(page: str, data: ReportData) -> None:
     found = numbers(page)
     assert found["after_bytes"] == data.after_bytes
-    assert found["weights"][0]["before"] == list(data.weights[0].before)
     assert found["epochs"][2]["loss"] == data.epochs[2].loss
     assert found.keys() == set(data.__dataclass_fields__)
 
@@ -378,16 +348,13 @@ def test_text_of_the_run_is_escaped_everywhere(page: str, data: ReportData) -> N
     assert numbers(page)["task"] == data.task
     hostile = replace(
         data,
-        recipe=HOSTILE,
-        command=HOSTILE,
-        goal=HOSTILE,
-        versions={"taut": HOSTILE},
-        machine={HOSTILE: HOSTILE},
+        recipe=HOSTILE, command=HOSTILE, goal=HOSTILE,
+        versions={"taut": HOSTILE}, machine={HOSTILE: HOSTILE},
         candidates=(replace(data.candidates[0], recipe=HOSTILE),),
         tensors=(replace(data.tensors[0], names=(f'"{HOSTILE}',)), *data.tensors[1:]),
         weights=(replace(data.weights[0], name=f'"{HOSTILE}'), *data.weights[1:]),
         phases=(replace(data.phases[0], techniques=HOSTILE),),
-    )
+    )  # fmt: skip
     page = report.render(hostile)
     assert HOSTILE not in page
     assert "<b>bold" not in page
@@ -416,8 +383,7 @@ def test_it_says_when_the_test_data_chose(
 
 
 def test_verdicts_are_words(lower: tuple[taut.Result, nn.Module]) -> None:
-    data = report_data(*lower)
-    page = report.render(data)
+    page = report.render(data := report_data(*lower))
     assert page.count("✗ not met") == 1 + sum(not b.holds for b in data.bounds)
     assert page.count("✓ met") == sum(b.holds for b in data.bounds)
     assert html.escape("score<=+1%") in page
@@ -428,7 +394,6 @@ def test_many_weights_fold_away(data: ReportData) -> None:
     many = tuple(replace(data.weights[0], name=f"layers.{i}.weight") for i in range(15))
     page = report.render(replace(data, weights=many))
     assert "The other 3 weights" in page
-    assert 'id="weights-14"' in page
 
 
 def test_a_run_without_training_or_latency(result: taut.Result, model: nn.Module) -> None:
@@ -440,16 +405,8 @@ def test_a_run_without_training_or_latency(result: taut.Result, model: nn.Module
     data = report_data(replace(result, candidate=candidate, original=bare, history=()), model)
     assert data.phases == ()
     page = report.render(data)
-    assert 'id="training"' not in page
     assert "Latency was not measured" in page
-
-
-def test_the_engines_of_both_are_named() -> None:
-    old = Latency(batch=1, threads=1, engine="pytorch", median_ms=1.0, iqr_ms=0.1, runs=9)
-    assert report._conditions(old, old) == "1 thread, pytorch"
-    assert report._conditions(old, replace(old, engine="onnx")) == (
-        "1 thread, pytorch → 1 thread, onnx"
-    )
+    assert 'id="training"' not in page
 
 
 # ---- the written file -----------------------------------------------------------------------
@@ -462,7 +419,6 @@ def test_it_is_written_into_the_runs_folder(
     assert path == result.folder / "report.html"
     assert path.read_text("utf-8") == page
     elsewhere = tmp_path / "deep" / "own.html"
-    assert write_report(result, model, elsewhere) == elsewhere
     assert write_report(result, model, str(elsewhere)).read_text("utf-8") == page
     assert [p.name for p in elsewhere.parent.iterdir()] == ["own.html"]
 
@@ -534,7 +490,7 @@ def test_a_browser_draws_what_is_hostile_lower_or_missing(
     path = tmp_path / "report.html"
     path.write_text(report.render(data), encoding="utf-8")
     drawn = opened(chromium, path)
-    assert "lower is better" in drawn
+    assert "score (lower is better)</text>" in drawn
     assert "<b>bold" not in drawn
 
 

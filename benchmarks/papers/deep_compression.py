@@ -44,8 +44,8 @@ NETS = (
         "LeNet-300-100",
         lambda: LeNet300(dropout=0.3),
         taut.Recover(epochs=40, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
-        "prune_weights(sparsity=0.94, steps=8) > recover(epochs=40) > "
-        "share_values(bits=4) > recover(epochs=20)",
+        "prune_weights(sparsity=0.925, steps=8) > recover(epochs=50) > "
+        "share_values(bits=5) > recover(epochs=25)",
         "1070 → 27 kB (40×), 1.58 %",
         26_661,
         40,
@@ -72,13 +72,17 @@ def measure(options: argparse.Namespace) -> list[Figure]:
     task = taut.Task(
         train=Batches(x[:-held], y[:-held], 128, shuffle=True),
         validation=Batches(x[-held:], y[-held:], 1000),
-        test=Batches(images(digits.test_images, mean=0.0, std=1.0), digits.test_labels, 1000),
+        test=Batches(*_test_images(digits, 500 if options.quick else 10_000), 1000),
     )
     figures: list[Figure] = []
     for net in NETS:
         with tempfile.TemporaryDirectory() as folder:
             figures += _net(net, task, options, Path(folder))
     return figures
+
+
+def _test_images(digits: taut.data.ImageData, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return images(digits.test_images[:count], mean=0.0, std=1.0), digits.test_labels[:count]
 
 
 def _net(net: Net, task: taut.Task, options: argparse.Namespace, folder: Path) -> list[Figure]:

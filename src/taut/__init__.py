@@ -1,11 +1,11 @@
 """Taut makes trained networks smaller and faster, and measures that it did.
 
-    model + task ──trace──▶ sites, work, what feeds what
-                 ──statistics──▶ sensitivities
-       recipe ──apply──▶ the same nn.Module, trainable in compressed form
-              ──recover──▶ trained again, distilled from the original
-              ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
-              ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
+model + task ──trace──▶ sites, work, what feeds what
+             ──statistics──▶ sensitivities
+   recipe ──apply──▶ the same nn.Module, trainable in compressed form
+          ──recover──▶ trained again, distilled from the original
+          ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
+          ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
 """
 
 from taut import data, techniques, zoo

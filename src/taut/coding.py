@@ -33,11 +33,12 @@ Floats = NDArray[np.float64]
 
 _model = constriction.stream.model
 _FIRST_BLOCK = 8
-_PRIORS = (0.02, 0.25, 2.0, 64.0)  # the count of a symbol before any is seen
+_PRIORS = (1 / 64, 0.25, 2.0, 64.0)  # the count of a symbol before any is seen
 _LEAST = 2.0**-20  # no bit is ever thought less likely than this
 _MOST_CUT = 7  # bytes of zeros that are left out at the end of a stream
 _GUESSES = 48  # classes of guesses at a bit, half an octave wide
 _MOST_LAG = 64
+_MOST_LINES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +129,23 @@ class Coder(ABC):
 
         See `_lines` for the model. The direction and the model's lag are chosen by trying.
         """
-        if mask is None:
-            turned = int(self._categorical(None, np.ones(2), 1)[0])
-            lag = 1 + int(self._categorical(None, np.ones(_MOST_LAG), 1)[0])
-            lines = self._lines(name, None, *((columns, rows) if turned else (rows, columns)), lag)
-            return np.ascontiguousarray(lines.T) if turned else lines
-        options = []
-        for turned, candidate in enumerate((mask, mask.T)):
-            lag, estimate = _best_lag(candidate), Estimator()
-            estimate._lines(name, candidate, *candidate.shape, lag)
-            options.append((estimate.parts[name].bits, turned, lag))
-        _, turned, lag = min(options)
-        self._categorical(np.array([turned]), np.ones(2), 1)
-        self._categorical(np.array([lag - 1]), np.ones(_MOST_LAG), 1)
-        lines = mask.T if turned else mask
-        self._lines(name, lines, *lines.shape, lag)
-        return mask
+        ways = _directions(rows, columns)
+        best: tuple[float, bool, int] = (math.inf, ways[0], 1)
+        for turned in ways:
+            if mask is None:
+                break
+            lines = mask.T if turned else mask
+            lag, estimate = _best_lag(lines), Estimator()
+            estimate._lines(name, lines, lines.shape[0], lines.shape[1], lag)
+            best = min(best, (estimate.parts[name].bits, turned, lag))
+        given = None if mask is None else (np.array([ways.index(best[1])]), np.array([best[2] - 1]))
+        way = self._categorical(given[0] if given else None, np.ones(len(ways)), 1)
+        turned = ways[int(way[0])]
+        lag = 1 + int(self._categorical(given[1] if given else None, np.ones(_MOST_LAG), 1)[0])
+        shape = (columns, rows) if turned else (rows, columns)
+        held = mask.T if mask is not None and turned else mask
+        lines = self._lines(name, held, shape[0], shape[1], lag)
+        return np.ascontiguousarray(lines.T) if turned else lines
 
     def _lines(self, name: str, mask: Ints | None, rows: int, columns: int, lag: int) -> Ints:
         """The bits line by line, each by what stands around it.
@@ -324,6 +326,14 @@ def _half_octave(chance: Floats) -> Ints:
     """0 for a chance in (0.707, 1), 1 for (0.5, 0.707], 2 for (0.354, 0.5], …"""
     mantissa, exponent = np.frexp(chance)
     return np.minimum(-2 * exponent.astype(np.int64) + (mantissa <= 0.70703125), _GUESSES - 1)
+
+
+def _directions(rows: int, columns: int) -> tuple[bool, ...]:
+    """Along rows (False), along columns (True), or both: each line costs a little time, so a thin
+    matrix of very many lines goes the other way."""
+    if max(rows, columns) <= _MOST_LINES:
+        return (False, True)
+    return (rows > columns,)
 
 
 def _best_lag(lines: Ints) -> int:

@@ -31,7 +31,7 @@ from taut.errors import RecipeError, RunError
 from taut.files import write_atomically
 from taut.goal import Goal, Verdict, is_goal
 from taut.measure import BATCHES, latency, measure
-from taut.modules import clone, device_of, tensor_at
+from taut.modules import clone
 from taut.pack import load, pack
 from taut.plan import propose
 from taut.recipe import Recipe
@@ -339,7 +339,9 @@ class _Trial:
             self.step = index + 1
             self.recovering = None
             self.save()
-        for technique in {type(s): s for s in self.recipe.steps if isinstance(s, Technique)}.values():
+        for technique in {
+            type(s): s for s in self.recipe.steps if isinstance(s, Technique)
+        }.values():
             for line in technique.finish(self.model, self.trace):
                 _log.info(line)
         return self._measure()

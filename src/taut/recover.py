@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's name for it
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from taut.errors import TrainingError
@@ -140,12 +140,12 @@ def adjusted_dropout(
             weight = tensor_at(model, site)
             kept = int(weight.count_nonzero()) / weight.numel()
             before[module] = rate
-            module.p = rate * math.sqrt(kept)
+            setattr(module, "p", rate * math.sqrt(kept))  # noqa: B010 - nn.Module types it a tensor
     try:
         yield
     finally:
         for module, rate in before.items():
-            module.p = rate  # type: ignore[assignment]
+            setattr(module, "p", rate)  # noqa: B010
 
 
 class _Run:
@@ -184,9 +184,7 @@ class _Run:
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def train_epoch(
-        self, epoch: int, on_batch: Callable[[int, int, int], None]
-    ) -> float:
+    def train_epoch(self, epoch: int, on_batch: Callable[[int, int, int], None]) -> float:
         """One pass over the training data; returns the mean loss."""
         self.model.train()
         total, count = torch.zeros((), dtype=torch.float64), 0

@@ -14,7 +14,7 @@ from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
 from taut.types import Site
 
-SPARSITIES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
 
 
 @dataclass(frozen=True, kw_only=True)

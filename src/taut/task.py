@@ -180,7 +180,7 @@ class Task:
             return float(metric.compute())
         return float(self.score(_joined(outputs, "outputs"), _joined(targets, "targets")))
 
-    def calibration_loss(self, examples: int = 2048) -> Callable[[nn.Module], float]:
+    def calibration_loss(self, examples: int = 1024) -> Callable[[nn.Module], float]:
         """A function that gives a network's mean loss on the same few training batches.
 
         examples: how many are read at least, in whole batches.

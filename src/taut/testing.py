@@ -24,8 +24,8 @@ from taut.layers import packed_layers, run_dense
 from taut.modules import clone, tensor_at
 from taut.pack import encode, inspect, load, pack, packed_state
 from taut.recipe import Recipe
-from taut.recover import advance
 from taut.recoding import FORMATS, Recoding, chain, core
+from taut.recover import advance
 from taut.statistics import Statistics
 from taut.technique import techniques
 from taut.trace import Trace, trace

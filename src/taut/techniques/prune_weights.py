@@ -220,8 +220,11 @@ class SparseWeight(PackedWeight):
 
     @classmethod
     def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
-        if not shape:
-            raise FormatError("sparse.v1 needs a shape of at least one dimension")
+        if not shape or math.prod(shape) >= 2**31:
+            raise FormatError(
+                "sparse.v1 needs a shape of at least one dimension and fewer than 2**31 weights, "
+                f"got {list(shape)}"
+            )
         mask = torch.from_numpy(coder.bitmap("positions", None, *cls._matrix(shape)))
         return cls(mask.reshape(shape), child("values", (int(mask.sum()),)))
 
@@ -292,9 +295,7 @@ def _drop_dead(model: nn.Module, trace: Trace, feed: Feed) -> list[str]:
     return lines
 
 
-def _fold_constants(
-    model: nn.Module, trace: Trace, feed: Feed, mute: Tensor, after: Tensor
-) -> int:
+def _fold_constants(model: nn.Module, trace: Trace, feed: Feed, mute: Tensor, after: Tensor) -> int:
     """Fold the constants of the mute neurons into the reader's bias; returns how many went."""
     target, _ = owner(model, feed.target)
     inputs = _inputs_of(model, target, trace)  # [examples, channels, ...]

@@ -80,7 +80,7 @@ class SharedForm(Form):
         self.register_buffer("index", index)
 
     def forward(self, core: Tensor) -> Tensor:
-        return cast(Tensor, _Gather.apply(core, self.index))
+        return cast(Tensor, _Gather.apply(core, self.index))  # type: ignore[no-untyped-call]
 
     def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         return None
@@ -135,7 +135,7 @@ class SharedValues(PackedWeight):
         entries = meta.get("entries")
         if type(entries) is not int or not 0 <= entries <= 256:
             raise FormatError(f"shared_values.v1: entries must lie in [0, 256], got {entries!r}")
-        if entries == 0 and math.prod(shape):
+        if entries == 0 and 0 not in shape:
             raise FormatError("shared_values.v1: a table without entries cannot hold weights")
         index = coder.symbols("index", None, max(entries, 1), math.prod(shape))
         return cls(torch.from_numpy(index).reshape(shape), child("table", (entries,)))

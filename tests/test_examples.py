@@ -1,0 +1,77 @@
+"""Every example and a quick pass of every benchmark are run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taut.data import mnist
+from taut.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *arguments, **environment):
+    command = [sys.executable, "-W", "error", str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        cwd=environment.pop("cwd", None),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def digits():
+    try:
+        return mnist()
+    except DataError as error:
+        pytest.skip(f"MNIST is not to be had: {error}")
+
+
+def test_own_loop():
+    printed = run("examples/02_own_loop.py")
+    raw, size, before, after = re.findall(r"[\d.,]+\d", printed)
+    assert int(raw.replace(",", "")) > 8 * int(size.replace(",", ""))
+    assert float(after) > float(before) - 0.03
+
+
+@pytest.mark.usefixtures("digits")
+def test_demo_in_a_tiny_form(tmp_path):
+    printed = run(
+        "examples/01_lenet5/demo.py", cwd=tmp_path, TAUT_EPOCHS="1", TAUT_EXAMPLES="2400",
+        TAUT_WEIGHTS=str(tmp_path / "weights.pt"),
+    )  # fmt: skip
+    assert "the same score to the digit" in printed
+    assert (tmp_path / "runs" / "demo" / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("digits")
+@pytest.mark.parametrize("script", ["papers/deep_compression.py"])
+def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
+    record = tmp_path / "record.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--check"]
+    done = subprocess.run(
+        [*command, "--json", str(record)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = json.loads(record.read_text())
+    assert found["quick"] is True
+    assert found["machine"]["threads"] == 1
+    assert {f["name"] for f in found["figures"]} >= {"LeNet-5, bytes", "LeNet-5, test error"}
+    assert "LeNet-300-100" in done.stdout
+    short = [f["name"] for f in found["figures"] if not f["holds"]]
+    assert "LeNet-300-100, test error" in short  # one epoch on 2,500 digits cannot reach it
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"falls short: {', '.join(short)}"
