@@ -38,13 +38,14 @@ def run(title: str, measure: Callable[[argparse.Namespace], list[Figure]]) -> No
     """Parse the options, measure, print the table, and keep or check the figures as asked.
 
     --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
-    naming the figure, when one falls short. --seed: of everything random.
+    naming the figure, when one falls short. --seed: of everything random. --only: some rows.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="a tiny pass that CI runs")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--check", action="store_true", help="fail when a figure falls short")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)

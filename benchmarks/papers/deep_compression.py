@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
         test=Batches(*_test_images(digits, 500 if options.quick else 10_000), 1000),
     )
     figures: list[Figure] = []
-    for net in NETS:
+    for net in (n for n in NETS if options.only in n.name):
         with tempfile.TemporaryDirectory() as folder:
             figures += _net(net, task, options, Path(folder))
     return figures

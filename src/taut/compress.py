@@ -17,7 +17,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,12 @@ def compress(
     recodes. epochs, trials: for goals, of recovery in the first trial and how many trials at most.
     """
     aim = _aim(wanted, task)
-    run = _Run(model, task, aim, seed, precision, folder, fresh, watch or Watch())
+    asked = {"task": task.name, "asked": str(aim), "seed": seed, "precision": precision}
+    if isinstance(aim, Goal):
+        asked |= {"epochs": epochs, "trials": trials}
+    run = _Run(model, task, aim, asked, folder, fresh, watch or Watch())
     with run.logging():
-        return run.go(epochs, trials)
+        return run.go()
 
 
 def apply(
@@ -157,20 +160,18 @@ class _Run:
     """The run folder and what is known so far."""
 
     def __init__(
-        self, model: nn.Module, task: Task, aim: Recipe | Goal, seed: int, precision: str,
+        self, model: nn.Module, task: Task, aim: Recipe | Goal, asked: dict[str, Any],
         folder: str | Path | None, fresh: bool, watch: Watch,
     ) -> None:  # fmt: skip
         self.model, self.task, self.aim, self.watch = model, task, aim, watch
-        self.seed, self.precision = seed, precision
-        asked = {
-            "task": task.name, "asked": str(aim), "seed": seed, "precision": precision,
-            "weights": _fingerprint(model),
-        }  # fmt: skip
+        asked = {**asked, "weights": _fingerprint(model)}
         digest = xxhash.xxh3_64_hexdigest(json.dumps(asked, sort_keys=True).encode())
         self.folder = Path(folder) if folder else Path("runs") / f"{task.name}-{digest[:8]}"
+        self.asked = asked
         self.record: dict[str, Any] = {
-            **asked, "status": "running", "versions": versions(), "machine": machine(),
-            "chooses_by": task.chooses_by, "better": task.better,
+            **asked,
+            "source": task.source, "status": "running",
+            "versions": versions(), "machine": machine(), "chooses_by": task.chooses_by, "better": task.better,
         }  # fmt: skip
         self._open(asked, fresh)
         self.trace = trace(model, task.example())
@@ -182,7 +183,7 @@ class _Run:
             shutil.rmtree(self.folder)
         if path.is_file():
             try:
-                old = json.loads(path.read_text())
+                old = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise RunError(f"cannot read {path}: {error}; remove it or use --fresh") from error
             other = [k for k, v in asked.items() if old.get(k) != v]
@@ -218,7 +219,7 @@ class _Run:
         _log.info(text)
         self.watch.say(text)
 
-    def go(self, epochs: int, trials: int) -> Result:
+    def go(self) -> Result:
         if "original" not in self.record:
             self.say(f"measuring the original {type(self.model).__name__}")
             self.record["original"] = measure(self.model, self.task, self.trace).to_json()
@@ -226,21 +227,19 @@ class _Run:
         original = Measurement.from_json(self.record["original"])
         tried: list[Candidate] = []
         histories: list[list[EpochRecord]] = []
-        while (recipe := self._next(original, tried, epochs, trials)) is not None:
+        while (recipe := self._next(original, tried)) is not None:
             candidate, history = self._try(recipe, len(tried) + 1)
             tried.append(candidate)
             histories.append(history)
         chosen = self._choose(original, tried)
         return self._close(original, tried, chosen, histories[chosen])
 
-    def _next(
-        self, original: Measurement, tried: list[Candidate], epochs: int, trials: int
-    ) -> Recipe | None:
+    def _next(self, original: Measurement, tried: list[Candidate]) -> Recipe | None:
         if isinstance(self.aim, Recipe):
             return None if tried else self.aim
         return propose(
             self.aim, self.trace, self.model, self.statistics, original, tried,
-            epochs=epochs, most=trials,
+            epochs=self.asked["epochs"], most=self.asked["trials"],
         )  # fmt: skip
 
     def _choose(self, original: Measurement, tried: list[Candidate]) -> int:
@@ -259,9 +258,9 @@ class _Run:
         folder = self.folder / "trials" / str(number)
         done = folder / "trial.json"
         if done.is_file():
-            data = json.loads(done.read_text())
+            data = json.loads(done.read_text(encoding="utf-8"))
             history = [EpochRecord(**r) for r in data["history"]]
-            return Candidate.from_json(data["candidate"]), history
+            return self._candidate(data["candidate"], number), history
         self.say(f"trial {number}: {recipe}")
         trial = _Trial(self, recipe, folder)
         candidate = trial.go()
@@ -269,6 +268,11 @@ class _Run:
         write_atomically(done, json.dumps(data, indent=1).encode())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         return candidate, trial.history
+
+    def _candidate(self, data: dict[str, Any], number: int) -> Candidate:
+        """A recorded candidate; the run folder may have moved since."""
+        path = self.folder / "trials" / str(number) / "net.taut"
+        return replace(Candidate.from_json(data), path=str(path))
 
     def _close(
         self, original: Measurement, tried: list[Candidate], chosen: int,
@@ -286,7 +290,7 @@ class _Run:
             self.record["chosen"] = chosen
             self.record["status"] = "done"
             self.save()
-        tried = [Candidate.from_json(c) for c in self.record["candidates"]]
+        tried = [self._candidate(c, i + 1) for i, c in enumerate(self.record["candidates"])]
         return Result(
             model=packed,
             original=original,
@@ -308,8 +312,8 @@ class _Run:
             example = self.task.example(batch)
             before.append(latency(self.model, example, batch))
             after.append(latency(packed, example, batch))
-        measurement = _with(best.measurement, latencies=tuple(after))
-        return _with(original, latencies=tuple(before)), _with(best, measurement=measurement)
+        measurement = replace(best.measurement, latencies=tuple(after))
+        return replace(original, latencies=tuple(before)), replace(best, measurement=measurement)
 
 
 class _Trial:
@@ -330,7 +334,7 @@ class _Trial:
     def go(self) -> Candidate:
         for index in range(self.step, len(self.recipe.steps)):
             step = self.recipe.steps[index]
-            torch.manual_seed(self.run.seed + index)
+            torch.manual_seed(self.run.asked["seed"] + index)
             if isinstance(step, Recover):
                 self._recover(step)
             elif isinstance(step, Technique):
@@ -369,7 +373,7 @@ class _Trial:
     def _measure(self) -> Candidate:
         """Pack, read the file back into a copy of the original, and measure that."""
         path = self.folder / "net.taut"
-        size = pack(self.model, path, self.run.precision)
+        size = pack(self.model, path, self.run.asked["precision"])
         packed = load(path, clone(self.run.model))
         measurement = measure(packed, self.task, self.trace, size_bytes=size)
         self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
@@ -438,7 +442,3 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _with(item: Any, **changes: Any) -> Any:
-    return type(item)(**{**{k: getattr(item, k) for k in item.__dataclass_fields__}, **changes})

@@ -68,7 +68,7 @@ def predict_chain(links: Sequence[Recoding], site: Site) -> float:
     def at(depth: int, count: int) -> float:
         if depth == len(links):
             return 2.0 * count
-        return links[depth].predict_bytes(count, lambda n: at(depth + 1, n))
+        return links[depth].predict_bytes(site, count, lambda n: at(depth + 1, n))
 
     return at(0, site.numel)
 

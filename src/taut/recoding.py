@@ -292,10 +292,12 @@ class Recoding(Technique):
         """
 
     def predict(self, site: Site) -> Cost:
-        return Cost(size_bytes=self.predict_bytes(site.numel), macs=site.macs)
+        return Cost(size_bytes=self.predict_bytes(site, site.numel), macs=site.macs)
 
     @abstractmethod
-    def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
+    def predict_bytes(
+        self, site: Site, count: int, inner: Callable[[int], float] | None = None
+    ) -> float:
         """Bytes for `count` entries; inner gives those of a later technique on the core."""
 
     def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> None:

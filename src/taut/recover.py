@@ -1,6 +1,7 @@
 """Training after a technique: fine-tuning, distilled from the original network.
 
-    loss = (1 - d) · task loss + d · T² · KL(softmax(original / T) ‖ softmax(network / T)) + l1 · Σ|W|
+    loss = (1 - d) · task loss + d · T² · KL(p ‖ q) + l1 · Σ|W|
+    p = softmax(original / T), q = softmax(network / T)
 
 d: distill, T: temperature. Where the task is no classification by cross-entropy, the second term
 is the mean squared distance between the two outputs. Hinton, Vinyals, Dean: Distilling the

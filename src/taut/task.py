@@ -56,6 +56,7 @@ class Task:
     example: an input without its target, as a batch. Default: two examples of the test data.
     learning_rate: the rate the network was trained at; recover takes a tenth of it (Han 2015).
     model: a function that returns the trained network, where the task knows one.
+    name, source: what the run is called, and the file that the task came from.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Task:
         learning_rate: float = 1e-2,
         model: Callable[[], nn.Module] | None = None,
         name: str = "task",
+        source: str | None = None,
     ) -> None:
         self.name = name
+        self.source = source
         self.model = model
         self.loss: Callable[[Any, Any], Tensor] = loss or F.cross_entropy
         self.is_classification = self.loss is F.cross_entropy or isinstance(
@@ -243,7 +246,7 @@ def load_task(path: str | Path) -> Task:
         given["learning_rate"] = module.learning_rate
     return Task(
         train=module.train, test=module.test, model=_checked(module.model, path), **given,
-        name=path.stem if path.stem != "task" else path.resolve().parent.name,
+        name=path.stem if path.stem != "task" else path.resolve().parent.name, source=str(path),
     )  # fmt: skip
 
 

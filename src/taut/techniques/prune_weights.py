@@ -117,7 +117,9 @@ class PruneWeights(Recoding):
             )  # fmt: skip
         return max(kept, least)
 
-    def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
+    def predict_bytes(
+        self, site: Site, count: int, inner: Callable[[int], float] | None = None
+    ) -> float:
         kept = max(1, round((1 - self.sparsity) * count))
         p = kept / count
         entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0

@@ -46,7 +46,9 @@ class ShareValues(Recoding):
     )
     iterations: int = option(50, low=0, high=1000, help="rounds of k-means at most")
 
-    def predict_bytes(self, count: int, inner: Callable[[int], float] | None = None) -> float:
+    def predict_bytes(
+        self, site: Site, count: int, inner: Callable[[int], float] | None = None
+    ) -> float:
         entries = min(2**self.bits, count)
         table = 2.0 * entries if inner is None else inner(entries)
         return 0.95 * count * math.log2(max(entries, 1)) / 8 + table

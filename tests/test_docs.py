@@ -1,0 +1,76 @@
+"""What the documents say is run: the worked technique, the README's recipes, goals and code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_net
+
+import taut
+from taut.goal import is_goal
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(document, language):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_worked_technique_keeps_the_contract(tmp_path):
+    technique, proof = blocks("docs/add_a_technique.md", "python")
+    file = tmp_path / "test_keep_signs.py"
+    file.write_text(f"{technique}\n\nfrom taut.testing import RecodingContract\n\n\n{proof}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+
+
+def test_the_readmes_commands_parse():
+    (shell,) = blocks("README.md", "sh")
+    quoted = re.findall(r'--(recipe|goal) "(.*?)"', shell)
+    assert {kind for kind, _ in quoted} == {"recipe", "goal"}
+    for kind, text in quoted:
+        assert is_goal(text) == (kind == "goal")
+        assert taut.Goal.parse(text) if kind == "goal" else taut.Recipe.parse(text)
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task):
+    monkeypatch.chdir(tmp_path)
+    _, compress, own_loop = blocks("README.md", "python")
+    names = {
+        "taut": taut,
+        "net": trained,
+        "train": task._data["train"],
+        "test": task._data["test"],
+        "MyNet": small_net,
+        "task": task,
+    }
+    exec(compress.replace("bytes<=3%, score>=-0.2%", "share_values(bits=4)"), names)
+    assert names["result"].ratio > 6
+    assert torch.equal(names["net"][0].bias, names["result"].model[0].bias)
+    names["net"] = small_net()
+    names["optimizer"] = torch.optim.SGD(names["net"].parameters(), lr=0.1)
+    exec(own_loop, names)
+    assert (tmp_path / "net.taut").stat().st_size < 6000
+
+
+def test_the_format_document_names_every_format_and_nothing_else():
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    from taut.recoding import FORMATS
+
+    named = set(re.findall(r"`([a-z_]+\.v\d+)`", text)) - {"sparse.v2"}
+    shipped = {n for n, c in FORMATS.items() if c.__module__.startswith("taut.")}
+    assert named == shipped
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/add_a_technique.md"])
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / document).parent / target).exists(), target
