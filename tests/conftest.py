@@ -2,6 +2,7 @@
 
 import functools
 
+import hypothesis
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -12,6 +13,10 @@ from taut.data import Batches
 
 # One thread is fastest for nets this small, and leaves the other cores to whoever else runs.
 torch.set_num_threads(1)
+
+# Examples that take long on a busy machine are no failures.
+hypothesis.settings.register_profile("taut", deadline=None)
+hypothesis.settings.load_profile("taut")
 
 
 def small_net():

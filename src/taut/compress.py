@@ -170,9 +170,13 @@ class _Run:
         self.asked = asked
         self.record: dict[str, Any] = {
             **asked,
-            "source": task.source, "status": "running",
-            "versions": versions(), "machine": machine(), "chooses_by": task.chooses_by, "better": task.better,
-        }  # fmt: skip
+            "source": task.source,
+            "status": "running",
+            "versions": versions(),
+            "machine": machine(),
+            "chooses_by": task.chooses_by,
+            "better": task.better,
+        }
         self._open(asked, fresh)
         self.trace = trace(model, task.example())
         self.statistics = Statistics(model, task.calibration_loss())
