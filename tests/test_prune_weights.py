@@ -1,6 +1,7 @@
 """Magnitude pruning: what each rule removes, the floor, and neurons that die."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -81,10 +82,24 @@ def test_the_floor_keeps_a_layer_alive_and_says_so(trained, task, caplog):
     assert all(int(tensor_at(net, n).count_nonzero()) >= 1 for n in ("0.weight", "5.weight"))
 
 
-def test_empty_rows_are_named(trained, task, caplog):
+def test_empty_rows_are_named(trained, task):
+    technique = PruneWeights(sparsity=0.99, scope="global")
+    net = taut.apply(clone(trained), technique, task)
+    lines = technique.finish(net, taut.trace(trained, task.example()))
+    rows = (tensor_at(net, "0.weight") != 0).any(1)
+    assert f"0.weight: {int((~rows).sum())} of 48 output rows are empty" in lines
+
+
+def test_the_scan_tells_each_layers_quality(trained, task, caplog):
     with caplog.at_level(logging.INFO, "taut"):
-        taut.apply(clone(trained), PruneWeights(sparsity=0.99, scope="global"), task)
-    assert "output rows empty" in caplog.text
+        net = taut.apply(clone(trained), PruneWeights(sparsity=0.8), task)
+    name, part, quality = re.search(
+        r"prune_weights: (3.weight): sparsity ([\d.]+), quality ([\d.]+)", caplog.text
+    ).groups()
+    held = tensor_at(trained, name).detach()
+    assert float(part) == pytest.approx(sparsity(net, name), abs=2e-3)
+    below = (held.abs() < float(quality) * held.std(correction=0)).double().mean()
+    assert float(below) == pytest.approx(float(part), abs=0.01)
 
 
 def test_two_rules_at_once_are_refused():

@@ -160,7 +160,7 @@ def test_what_is_no_step(text: str, segment: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "   ", ">", "> recover()", "recover() >", "share_values(", "share_values(bits=)",
-     "share_values(bits=5", "a b", "x = 1", "import os", "recover()\n> recover()", "\0", "\ud800",
+     "share_values(bits=5", "a b", "x = 1", "import os", "\0", "\ud800",
      "share_values() -> recover()", "(" * 5000, "-" * 100_000 + "1", "a" + ".b" * 50_000,
      "share_values(bits=1\u0660)"],
 )  # fmt: skip
@@ -240,3 +240,9 @@ def test_any_text_is_a_recipe_or_an_error_of_ours(text: str) -> None:
 )
 def test_ranges_in_words(limits: dict[str, Any], said: str) -> None:
     assert describe_range(option(None, **limits).metadata) == said
+
+
+def test_a_recipe_may_be_broken_over_lines():
+    assert str(Recipe.parse("recover(epochs=1)\n  > share_values(bits=3)")) == (
+        "recover(epochs=1) > share_values(bits=3)"
+    )

@@ -59,6 +59,17 @@ class Watch:
         """An epoch of a recovery is done."""
 
 
+class _Shown(logging.Handler):
+    """Passes warnings on to whoever watches."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.WARNING)
+        self.watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.watch.say(record.getMessage())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What compress found. model: the network as the file gives it back, ready to run."""
@@ -209,13 +220,15 @@ class _Run:
         """Everything logged under `taut` goes to log.txt of the run folder too."""
         handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        level = _log.level
+        shown, level = _Shown(self.watch), _log.level
         _log.addHandler(handler)
+        _log.addHandler(shown)
         _log.setLevel(logging.INFO)
         try:
             yield
         finally:
             _log.removeHandler(handler)
+            _log.removeHandler(shown)
             _log.setLevel(level)
             handler.close()
 
@@ -347,11 +360,10 @@ class _Trial:
             self.step = index + 1
             self.recovering = None
             self.save()
-        for technique in {
-            type(s): s for s in self.recipe.steps if isinstance(s, Technique)
-        }.values():
+        applied = {type(s): s for s in self.recipe.steps if isinstance(s, Technique)}
+        for technique in applied.values():
             for line in technique.finish(self.model, self.trace):
-                _log.info(line)
+                self.run.say(line)
         return self._measure()
 
     def _recover(self, step: Recover) -> None:

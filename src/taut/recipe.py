@@ -38,7 +38,7 @@ class Recipe:
             return cls(_steps(text))
         text = text.strip()
         try:
-            tree = ast.parse(text, mode="eval").body
+            tree = ast.parse(text.replace("\n", " "), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise RecipeError(
                 f"a recipe is steps joined by '>', like 'prune_weights(sparsity=0.9) > "

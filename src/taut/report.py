@@ -390,13 +390,8 @@ def _phases(history: Sequence[EpochRecord], recipe: Recipe) -> tuple[Phase, ...]
 
 def _command(record: Mapping[str, Any], option: str) -> str:
     """The command line that asks for the same again."""
-    words = [
-        "taut",
-        "compress",
-        shlex.quote(record.get("source") or "task.py"),
-        f"--{option}",
-        shlex.quote(record["asked"]),
-    ]
+    source, asked = shlex.quote(record.get("source") or "task.py"), shlex.quote(record["asked"])
+    words = ["taut", "compress", source, f"--{option}", asked]
     for name, default in (("seed", 0), ("precision", "auto"), ("epochs", 12), ("trials", 5)):
         if record.get(name, default) != default:
             words += [f"--{name}", str(record[name])]

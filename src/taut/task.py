@@ -226,15 +226,14 @@ def load_task(path: str | Path) -> Task:
         raise TaskError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
+    if folder not in sys.path:  # as for a script that Python runs: its neighbours can be imported
+        sys.path.insert(0, folder)
     sys.modules[spec.name] = module  # where dataclasses look up their annotations
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise TaskError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(folder)
     for name in ("model", "train", "test"):
         if not callable(getattr(module, name, None)):
             raise TaskError(

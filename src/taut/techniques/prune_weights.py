@@ -87,6 +87,11 @@ class PruneWeights(Recoding):
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
         elif self.scope == "sensitivity":
             sparsity = statistics.least_damage(sites, self.sparsity)
+            for name, part in sparsity.items():
+                held = weights[name]
+                cut = held.abs().flatten().kthvalue(max(1, round(part * held.numel()))).values
+                quality = float(cut / held.std(correction=0))
+                _log.info("prune_weights: %s: sparsity %.3f, quality %.2f", name, part, quality)
         else:
             ranks = {n: _lamp(w) if self.scope == "lamp" else w.abs() for n, w in weights.items()}
             every = torch.cat([r.flatten() for r in ranks.values()])
@@ -141,11 +146,16 @@ class PruneWeights(Recoding):
         held = core if matters is None else core * matters
         form = Mask(held != 0, self._kept(held), self.steps)
         form.advance(core, 0.0)
-        _say_what_is_empty(site, form.mask)
         return form, core
 
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
-        return [line for feed in trace.feeds for line in _drop_dead(model, trace, feed)]
+        lines = [line for feed in trace.feeds for line in _drop_dead(model, trace, feed)]
+        for site in trace.sites:
+            mask = _mask_of(model, site)
+            empty = 0 if mask is None else int((~mask.flatten(1).any(1)).sum())
+            if empty:
+                lines.append(f"{site.name}: {empty} of {site.shape[0]} output rows are empty")
+        return lines
 
 
 class Mask(Form):
@@ -260,13 +270,6 @@ def _lamp(weights: Tensor) -> Tensor:
     score = torch.empty_like(squares)
     score[order] = squares / squares.cumsum(0).clamp(min=1e-300)
     return score.reshape(weights.shape)
-
-
-def _say_what_is_empty(site: Site, mask: Tensor) -> None:
-    rows = mask.flatten(1).any(1)
-    empty = int((~rows).sum())
-    if empty:
-        _log.info("prune_weights: %s has %d of %d output rows empty", site.name, empty, len(rows))
 
 
 def _drop_dead(model: nn.Module, trace: Trace, feed: Feed) -> list[str]:
