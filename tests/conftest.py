@@ -1,6 +1,8 @@
 """What the tests share: real digits, a small trained network, and its task."""
 
 import functools
+import textwrap
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -72,3 +74,27 @@ def trained():
 @pytest.fixture(autouse=True)
 def _the_same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+TASK = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import conftest, torch
+    task = conftest.digits_task()
+    train, validation, test = (lambda s=s: task._data[s] for s in ("train", "validation", "test"))
+    def model():
+        net = conftest.small_net()
+        net.load_state_dict(torch.load({weights!r}, weights_only=True))
+        return net
+"""
+
+
+@pytest.fixture
+def task_file(trained, tmp_path):
+    """A task.py of the small network, as a user would write it."""
+    weights = tmp_path / "weights.pt"
+    torch.save(trained.state_dict(), weights)
+    file = tmp_path / "task.py"
+    tests = str(Path(__file__).parent)
+    file.write_text(textwrap.dedent(TASK).format(tests=tests, weights=str(weights)))
+    return file

@@ -1,37 +1,12 @@
 """The command line: what it prints, its exit codes, its refusals."""
 
 import json
-import textwrap
-from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import taut.cli
 from taut.cli import EXIT_NOT_MET, app, main
-
-TASK = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    import conftest, torch
-    task = conftest.digits_task()
-    train, validation, test = (lambda s=s: task._data[s] for s in ("train", "validation", "test"))
-    def model():
-        net = conftest.small_net()
-        net.load_state_dict(torch.load({weights!r}, weights_only=True))
-        return net
-"""
-
-
-@pytest.fixture
-def task_file(trained, tmp_path):
-    weights = tmp_path / "weights.pt"
-    torch.save(trained.state_dict(), weights)
-    file = tmp_path / "task.py"
-    tests = str(Path(__file__).parent)
-    file.write_text(textwrap.dedent(TASK).format(tests=tests, weights=str(weights)))
-    return file
 
 
 def run(*arguments):

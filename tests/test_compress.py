@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -123,31 +122,6 @@ def test_without_a_bound_on_bytes_the_file_gets_as_small_as_the_score_allows(
     kept = [c for c in tried if result.goal.met(c.measurement, result.original)]
     assert result.measurement.size_bytes == min(c.measurement.size_bytes for c in kept)
     assert result.ratio > 8
-
-
-TASK = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    import conftest
-    task = conftest.digits_task()
-    train, validation, test = (task._data[s] for s in ("train", "validation", "test"))
-    train, validation, test = (lambda d=d: d for d in (train, validation, test))
-    def model():
-        net = conftest.small_net()
-        import torch
-        net.load_state_dict(torch.load({weights!r}, weights_only=True))
-        return net
-"""
-
-
-@pytest.fixture
-def task_file(trained, tmp_path):
-    weights = tmp_path / "weights.pt"
-    torch.save(trained.state_dict(), weights)
-    file = tmp_path / "task.py"
-    text = textwrap.dedent(TASK).format(tests=str(Path(__file__).parent), weights=str(weights))
-    file.write_text(text)
-    return file
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_the_same(task_file, tmp_path):

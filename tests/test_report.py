@@ -200,7 +200,7 @@ def test_all_candidates_are_there_and_the_frontier_is_flagged(
     record = json.loads((result.folder / "run.json").read_text())
     assert (data.better, data.score_is_fraction) == ("lower", False)
     assert len(data.candidates) == len(record["candidates"]) == 2
-    kept = {c.recipe for c in result.candidates}
+    kept = {c.recipe for c in result.frontier}
     assert {c.recipe for c in data.candidates if c.on_frontier} == kept
     assert [c.recipe for c in data.candidates if c.chosen] == [result.candidate.recipe]
 
@@ -226,7 +226,7 @@ def test_a_beaten_candidate_is_not_on_the_frontier(result: taut.Result) -> None:
     worse = replace(
         good, recipe="worse", measurement=replace(good.measurement, size_bytes=10**6, score=0.0)
     )
-    rows = report._candidates(result, [worse, good], 1, "higher")
+    rows = report._candidates(replace(result, candidates=(worse, good)))
     assert [(r.number, r.on_frontier, r.chosen) for r in rows] == [
         (1, False, False),
         (2, True, True),

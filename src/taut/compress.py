@@ -41,7 +41,7 @@ from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
-from taut.types import Candidate, EpochRecord, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
 
 _log = logging.getLogger("taut")
 
@@ -72,12 +72,17 @@ class _Shown(logging.Handler):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What compress found. model: the network as the file gives it back, ready to run."""
+    """What compress found.
+
+    model: the network as the file gives it back, ready to run. candidates: all that was tried;
+    candidate: the one chosen, whose file is net.taut in the folder.
+    """
 
     model: nn.Module
     original: Measurement
     candidate: Candidate
     candidates: tuple[Candidate, ...]
+    better: Direction
     goal: Goal | None
     history: tuple[EpochRecord, ...]
     folder: Path
@@ -86,6 +91,11 @@ class Result:
     @property
     def measurement(self) -> Measurement:
         return self.candidate.measurement
+
+    @property
+    def frontier(self) -> list[Candidate]:
+        """The candidates that no other beats on bytes, latency and score at once."""
+        return frontier(self.candidates, self.better)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -312,7 +322,8 @@ class _Run:
             model=packed,
             original=original,
             candidate=tried[chosen],
-            candidates=tuple(frontier(tried, self.task.better)),
+            candidates=tuple(tried),
+            better=self.task.better,
             goal=self.aim if isinstance(self.aim, Goal) else None,
             history=tuple(history),
             folder=self.folder,

@@ -31,7 +31,7 @@ from taut.modules import owner, tensor_at
 from taut.pack import FileSummary, StoredTensor, inspect
 from taut.recipe import Recipe
 from taut.recoding import PackedWeight
-from taut.types import Candidate, Direction, EpochRecord, Latency, Measurement, frontier
+from taut.types import Direction, EpochRecord, Latency, Measurement
 
 BINS = 64
 Unit = Literal["score", "bytes", "count", "ms"]
@@ -203,10 +203,9 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
             f"{path} has {summary.size_bytes:,} bytes, not the {reached.size_bytes:,} that were "
             "measured; it was replaced since, run compress with fresh=True (--fresh)"
         )
-    tried = [Candidate.from_json(c) for c in record["candidates"]]
-    better: Direction = record["better"]
+    better = result.better
     recipe = Recipe.parse(result.candidate.recipe)
-    scores = [original.score, *(c.measurement.score for c in tried)]
+    scores = [original.score, *(c.measurement.score for c in result.candidates)]
     return ReportData(
         task=result.task, network=type(original_model).__name__, better=better,
         score_is_fraction=better == "higher" and all(0 <= s <= 1 for s in scores),
@@ -216,7 +215,7 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
         rows=_rows(original, reached, better),
         goal=str(result.goal) if result.goal else None,
         bounds=_bounds(result),
-        candidates=_candidates(result, tried, record["chosen"], better),
+        candidates=_candidates(result),
         tensors=tuple(_tensor(t, original_model) for t in summary.tensors),
         weights=_weights(result.model, original_model, summary),
         epochs=result.history, phases=_phases(result.history, recipe),
@@ -289,19 +288,17 @@ def _bounds(result: Result) -> tuple[BoundRow, ...]:
     )  # fmt: skip
 
 
-def _candidates(
-    result: Result, tried: Sequence[Candidate], chosen: int, better: Direction
-) -> tuple[CandidateRow, ...]:
-    unbeaten = frontier(tried, better)
+def _candidates(result: Result) -> tuple[CandidateRow, ...]:
+    unbeaten = result.frontier
     return tuple(
         CandidateRow(
             number=i + 1, recipe=c.recipe, epochs=c.epochs, score=got.score,
             size_bytes=got.size_bytes, latency_ms=latency.median_ms if latency else None,
             latency_iqr_ms=latency.iqr_ms if latency else None,
-            on_frontier=c in unbeaten, chosen=i == chosen,
+            on_frontier=c in unbeaten, chosen=c is result.candidate,
             meets_goal=result.goal.met(got, result.original) if result.goal else None,
         )
-        for i, c in enumerate(tried)
+        for i, c in enumerate(result.candidates)
         for got, latency in [(c.measurement, c.measurement.latency())]
     )  # fmt: skip
 
