@@ -251,6 +251,8 @@ class _Run:
             self.say(f"measuring the original {type(self.model).__name__}")
             self.record["original"] = measure(self.model, self.task, self.trace).to_json()
             self.save()
+        if self.task.chooses_by == "test" and self.record["status"] != "done":
+            self.say("the test data choose the best epoch; a validation() keeps the score honest")
         original = Measurement.from_json(self.record["original"])
         tried: list[Candidate] = []
         histories: list[list[EpochRecord]] = []

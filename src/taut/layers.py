@@ -48,6 +48,10 @@ class Packed(nn.Module):
         """x [..., in] → [..., out], by the weight's own product."""
         return cast(PackedWeight, self.packed[name]).matmul(x)
 
+    def decoded_bytes(self) -> int:
+        """What the dense copies take beside the packed weights, once the layer runs dense."""
+        return sum(t.numel() * t.element_size() for t in self._decoded.values())
+
     def run_dense(self, dense: bool) -> None:
         """Choose how the layer runs; what was decoded is dropped."""
         self.runs_dense = dense

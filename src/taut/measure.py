@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
+from taut.layers import packed_layers
 from taut.modules import device_of, tensor_at
 from taut.task import Task
 from taut.trace import Example, Trace
@@ -89,20 +90,23 @@ def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.2
 
 @torch.no_grad()
 def peak_memory(model: nn.Module, example: Example) -> int:
-    """The network's tensors plus the most that one forward allocates on top, in bytes."""
+    """What the network holds, decoded copies of packed weights too, plus the most that one forward
+    allocates on top, in bytes.
+    """
     device = device_of(model)
     args = tuple(_to(a, device) for a in example[0])
     kwargs = {k: _to(v, device) for k, v in example[1].items()}
-    model(*args, **kwargs)
+    model(*args, **kwargs)  # a packed layer that runs dense decodes its weights here
+    resting = tensor_bytes(model) + sum(p.decoded_bytes() for p in packed_layers(model).values())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         model(*args, **kwargs)
-        return tensor_bytes(model) + torch.cuda.max_memory_allocated(device) - before
+        return resting + torch.cuda.max_memory_allocated(device) - before
     held = _Held()
     with held:
         model(*args, **kwargs)
-    return tensor_bytes(model) + held.peak
+    return resting + held.peak
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
