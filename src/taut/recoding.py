@@ -304,7 +304,8 @@ class Recoding(Technique):
         """Recode the innermost core of the site.
 
         Where that was written by this very technique, it is written anew: a stronger mask
-        replaces the weaker one.
+        replaces the weaker one. The fitting runs on the CPU, so that every device gives the same
+        file.
         """
         links = chain(model, site)
         again = links is not None and links.recipe[-1].name == self.name
@@ -317,7 +318,8 @@ class Recoding(Technique):
             matters: Tensor | None = None
             for form, its_core in stages:
                 matters = form.matters(its_core, matters)
-            form, new = self.fit(held, matters, site, statistics)
+            matters = None if matters is None else matters.cpu()
+            form, new = self.fit(held.cpu(), matters, site, statistics)
         if links is not None and again:
             links.forms.pop(-1)
             links.recipe.pop()
@@ -336,9 +338,10 @@ class Recoding(Technique):
             for name in site.names:
                 if parametrization(model, name) is None:  # one module may go by several paths
                     parametrize.register_parametrization(*owner(model, name), links, unsafe=True)
-        links.forms.append(form.to(new.device))
+        device = core(model, site).device
+        links.forms.append(form.to(device))
         links.recipe.append(self)
-        replace_core(model, site, new)
+        replace_core(model, site, new.to(device))
 
 
 # ---- sites of a live model ------------------------------------------------------------------

@@ -82,7 +82,7 @@ class PruneWeights(Recoding):
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
-        weights = {s.name: tensor_at(model, s.name).detach() for s in sites}
+        weights = {s.name: tensor_at(model, s.name).detach().cpu() for s in sites}
         if self.threshold is not None or self.quality is not None or self.scope == "layer":
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
         elif self.scope == "sensitivity":
