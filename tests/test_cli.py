@@ -61,6 +61,23 @@ def test_techniques_lists_every_option_with_its_range(monkeypatch):
         assert word in text
 
 
+def test_techniques_never_cuts_a_name_that_is_to_be_typed(monkeypatch):
+    monkeypatch.setattr(taut.cli.out, "width", 80)
+    text = run("techniques").output
+    names = {f.name for cls in taut.technique.STEPS.values() for f in cls.options()}
+    assert all(f" {name} " in text for name in names)
+
+
+def test_ctrl_c_says_that_nothing_is_lost(task_file, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(taut.cli, "compress", stop)
+    done = run("compress", task_file, "--recipe", "share_values()", "--run-folder", tmp_path / "r")
+    assert done.exit_code == 130
+    assert "the same command goes on from here" in done.output
+
+
 def test_a_goal_that_is_not_met_exits_so(task_file, tmp_path):
     done = run(
         "compress", task_file, "--goal", "bytes<=1%, score>=+5%", "--epochs", "1", "--trials", "1",
@@ -91,6 +108,7 @@ def test_a_refusal_is_one_line_and_exit_code_two(task_file, capsys, monkeypatch)
         (["--recipe", "share_values()", "--goal", "bytes<=5%"], "give either --recipe or --goal"),
         (["--recipe", "bytes<=5%"], "belongs to --goal"),
         (["--goal", "share_values(bits=4)"], "belongs to --recipe"),
+        (["--goal", ""], "'' is no goal, like 'bytes<=5%, score>=-0.5%'"),
     ],
 )
 def test_recipe_and_goal_are_told_apart(task_file, arguments, message):

@@ -13,7 +13,7 @@ import torch
 from conftest import digits_task, small_net
 
 import taut
-from taut.errors import GoalError, RecipeError, RunError, TraceError
+from taut.errors import FormatError, GoalError, RecipeError, RunError, TraceError
 from taut.files import write_atomically
 
 RECIPE = (
@@ -74,6 +74,32 @@ def test_another_run_in_the_folder_is_refused_and_fresh_replaces_it(trained, tas
         taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path)
     result = taut.compress(trained, task, "share_values(bits=3)", folder=tmp_path, fresh=True)
     assert "bits=3" in result.candidate.recipe
+
+
+def test_fresh_removes_nothing_but_what_a_run_writes(trained, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text("mine")
+    for bits in (4, 3):
+        recipe = f"share_values(bits={bits})"
+        result = taut.compress(trained, task, recipe, folder=".", fresh=True)
+    assert "bits=3" in result.candidate.recipe
+    assert Path("task.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("lost", ["net.taut", "trials/1/net.taut"])
+def test_a_file_that_was_lost_is_written_again(trained, task, tmp_path, lost):
+    taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    before = (tmp_path / lost).read_bytes()
+    (tmp_path / lost).unlink()
+    taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    assert (tmp_path / lost).read_bytes() == before
+
+
+def test_a_copy_that_was_damaged_is_written_again(trained, task, tmp_path):
+    result = taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    (tmp_path / "net.taut").write_bytes(b"TAUT")
+    taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    assert (tmp_path / "net.taut").read_bytes() == Path(result.candidate.path).read_bytes()
 
 
 def test_names_follow_from_what_is_asked(trained, task, tmp_path, monkeypatch):
@@ -164,6 +190,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(task_file, tmp_path):
         ("prune_weights(sparsty=0.9)", RecipeError, "did you mean 'sparsity'"),
         ("prune_weights(sparsity=1.0)", RecipeError, r"must lie in \[0, 1\), got 1.0"),
         ("prune_weights(only='conv*')", RecipeError, "matches no site; known: 0.weight, 3.weight"),
+        ("recover(epochs=90000) > share_values(only='fc')", RecipeError, "matches no site"),
         ("bytes<=0%", GoalError, "must stay above 0"),
         ("bites<=5%", GoalError, "did you mean 'bytes'"),
     ],
@@ -173,6 +200,20 @@ def test_what_makes_no_sense_is_refused_before_any_work(
 ):
     with pytest.raises(error, match=message):
         taut.compress(trained, task, wanted, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trials": 0}, GoalError, "trials and epochs must be at least 1, got 0 and 12"),
+        ({"epochs": -3}, GoalError, "trials and epochs must be at least 1, got 5 and -3"),
+        ({"precision": "int8"}, FormatError, "no precision 'int8'; known: auto"),
+    ],
+)
+def test_options_are_checked_before_any_work(trained, task, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        taut.compress(trained, task, "bytes<=50%", folder=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_that_cannot_be_traced_is_refused_with_the_reason(task, tmp_path):
@@ -208,15 +249,41 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_record_that_is_damaged_is_named(trained, task, tmp_path):
-    (tmp_path / "run.json").write_text("{half")
+@pytest.mark.parametrize("text", ["{half", "[]"])
+def test_a_record_that_is_damaged_is_named(trained, task, tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
     with pytest.raises(RunError, match=r"cannot read .*run.json.*--fresh"):
         taut.compress(trained, task, RECIPE, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["trial.json", "checkpoint.pt"])
+def test_a_trial_that_is_damaged_is_named(trained, task, tmp_path, name):
+    taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+    (tmp_path / "trials/1/trial.json").unlink()
+    (tmp_path / "trials/1" / name).write_text("junk")
+    with pytest.raises(RunError, match=rf"cannot read .*{name}.*start over with --fresh"):
+        taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
 
 
 def test_apply_takes_techniques_only(trained, task):
     with pytest.raises(RecipeError, match="apply takes a technique"):
         taut.apply(trained, "recover(epochs=1)", task)
+
+
+def test_apply_on_forms_needs_the_trace_of_the_original(trained, task):
+    taut.apply(trained, "prune_weights(sparsity=0.5)", task)
+    with pytest.raises(RecipeError, match=r"share_values needs the trace of the original"):
+        taut.apply(trained, "share_values(bits=4)", task)
+
+
+def test_packing_before_the_last_stage_warns(trained, task, tmp_path, caplog):
+    taut.apply(trained, "prune_weights(sparsity=0.5, steps=2)", task)
+    taut.pack(trained, tmp_path / "early.taut")
+    assert "0.weight, 3.weight, 5.weight are not at full strength yet" in caplog.text
+    caplog.clear()
+    taut.recover(trained, task, taut.Recover(epochs=1))
+    taut.pack(trained, tmp_path / "net.taut")
+    assert "full strength" not in caplog.text
 
 
 def test_lower_is_better_reaches_goals_too(trained, tmp_path):

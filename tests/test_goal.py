@@ -186,6 +186,8 @@ def test_any_text_is_a_goal_or_an_error_of_ours(text: str) -> None:
         ("score>=0.9, bytes<=1kB", True),
         ("bytes<5%", True),
         ("bytes=5%", True),
+        ("bytes>5%", True),
+        ("score > -.5", True),
         ("prune_weights(sparsity=0.9)", False),
         ("prune_weights(only='a<=b') > recover()", False),
         ("prune_weights > recover", False),

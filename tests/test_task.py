@@ -181,6 +181,12 @@ def test_wrong_settings(write: Callable[..., Path], line: str, said: str) -> Non
 # Data
 
 
+def test_a_generator_that_is_used_up_is_named() -> None:
+    spent = (b for b in BATCHES[:0])
+    with pytest.raises(TaskError, match=r"no batch; .* a generator is used up after one pass"):
+        list(task(train=lambda: spent).batches("train"))
+
+
 def batches_of(data: Any) -> list[Batch]:
     return list(task(train=data).batches("train"))
 
@@ -458,6 +464,30 @@ def test_calibration_reads_no_more_than_it_needs(examples: int, read: int) -> No
     assert len(taken) == read
     loss(Constant())
     assert len(taken) == read
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda o, t: 1.0, "a float"),
+        (lambda o, t: F.cross_entropy(o, t, reduction="none"), r"a Tensor of shape \[4\]"),
+    ],
+)
+def test_a_loss_is_a_tensor_of_one_number(loss: Any, got: str) -> None:
+    with pytest.raises(TaskError, match=f"loss must return a tensor of one number, got {got}"):
+        task(loss=loss).calibration_loss()(Constant())
+
+
+@pytest.mark.parametrize(
+    ("score", "got"),
+    [
+        (lambda o, t: None, "a NoneType"),
+        (lambda o, t: o.argmax(1) == t, r"a Tensor of shape \[6\]"),
+    ],
+)
+def test_a_score_is_one_number(score: Any, got: str) -> None:
+    with pytest.raises(TaskError, match=f"score must return one number, got {got}"):
+        task(score=score).evaluate(Constant())
 
 
 def test_calibration_puts_the_mode_back_when_the_loss_breaks() -> None:

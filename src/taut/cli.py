@@ -86,12 +86,16 @@ def compress_command(
     """
     wanted = _wanted(recipe, goal)
     task, model = _load(task_file)
-    with _progress(quiet=as_json) as watch:
-        result = compress(
-            model, task, wanted, folder=run_folder, seed=seed, precision=precision,
-            epochs=epochs, trials=trials, fresh=fresh, watch=watch,
-        )  # fmt: skip
-        report = write_report(result, model)
+    try:
+        with _progress(quiet=as_json) as watch:
+            result = compress(
+                model, task, wanted, folder=run_folder, seed=seed, precision=precision,
+                epochs=epochs, trials=trials, fresh=fresh, watch=watch,
+            )  # fmt: skip
+            report = write_report(result, model)
+    except KeyboardInterrupt as stop:
+        err.print("stopped; the same command goes on from here (without --fresh)")
+        raise typer.Exit(130) from stop
     if as_json:
         _print_json(_result_json(result, report))
     else:
@@ -105,9 +109,12 @@ def _wanted(recipe: str | None, goal: str | None) -> str:
         raise typer.BadParameter("give either --recipe or --goal")
     wanted = recipe if recipe is not None else goal
     assert wanted is not None
-    if (goal is None) == is_goal(wanted):
-        other = "--goal" if goal is None else "--recipe"
-        raise typer.BadParameter(f"{wanted!r} belongs to {other}")
+    if goal is None and is_goal(wanted):
+        raise typer.BadParameter(f"{wanted!r} belongs to --goal")
+    if recipe is None and not is_goal(wanted):
+        raise typer.BadParameter(
+            f"{wanted!r} is no goal, like 'bytes<=5%, score>=-0.5%'; a recipe belongs to --recipe"
+        )
     return wanted
 
 
@@ -159,7 +166,8 @@ def techniques_command() -> None:
         first = (cls.__doc__ or "").strip().splitlines()[0]
         table = Table(title=f"[bold]{name}[/]  {first}", title_justify="left", expand=True)
         for column in ("option", "default", "range", "unit", "meaning"):
-            table.add_column(column, ratio=3 if column == "meaning" else 1)
+            ratio = {"range": 1, "meaning": 2}.get(column)  # the others are never cut
+            table.add_column(column, no_wrap=ratio is None, ratio=ratio)
         for f in cls.options():
             rule = f.metadata
             table.add_row(
@@ -255,7 +263,7 @@ def _table(found: dict[str, Measurement]) -> Table:
         label = f"latency, batch {at.batch}, {at.threads} threads, {at.engine} [ms]"
         timed = [t for m in each if (t := m.latency(at.batch)) is not None]
         row(label, [t.median_ms for t in timed], "{:.3f}")
-    row("peak memory of a forward", [m.peak_memory_bytes for m in each])
+    row("peak memory of a forward [bytes]", [m.peak_memory_bytes for m in each])
     return table
 
 

@@ -27,15 +27,15 @@ import xxhash
 from accelerate import Accelerator
 from torch import nn
 
-from taut.errors import RecipeError, RunError
-from taut.files import write_atomically
+from taut.errors import GoalError, RecipeError, RunError
+from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
-from taut.pack import load, pack
+from taut.pack import check_precision, load, pack
 from taut.plan import propose
 from taut.recipe import Recipe
-from taut.recoding import Recoding, chains, core
+from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
 from taut.statistics import Statistics
 from taut.task import Task
@@ -140,6 +140,9 @@ def compress(
     recodes. epochs, trials: for goals, of recovery in the first trial and how many trials at most.
     """
     aim = _aim(wanted, task)
+    check_precision(precision)
+    if trials < 1 or epochs < 1:
+        raise GoalError(f"trials and epochs must be at least 1, got {trials} and {epochs}")
     asked = {"task": task.name, "asked": str(aim), "seed": seed, "precision": precision}
     if isinstance(aim, Goal):
         asked |= {"epochs": epochs, "trials": trials}
@@ -159,6 +162,11 @@ def apply(
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
         raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
+    if traced is None and any(isinstance(m, Chain) for m in model.modules()):
+        raise RecipeError(
+            f"apply: the network carries forms already, so {step.name} needs the trace of the "
+            "original: traced = taut.trace(original, task.example()), taken before the first apply"
+        )
     traced = traced or trace(model, task.example())
     sites = step.sites(traced)
     statistics = Statistics(model, task.calibration_loss())
@@ -200,17 +208,17 @@ class _Run:
         }
         self._open(asked, fresh)
         self.trace = trace(model, task.example())
+        for step in aim.steps if isinstance(aim, Recipe) else ():
+            if isinstance(step, Technique):
+                step.sites(self.trace)  # refuses now what it would refuse after hours of training
         self.statistics = Statistics(model, task.calibration_loss())
 
     def _open(self, asked: dict[str, Any], fresh: bool) -> None:
         path = self.folder / "run.json"
         if fresh and path.is_file():
-            shutil.rmtree(self.folder)
+            self._forget()
         if path.is_file():
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise RunError(f"cannot read {path}: {error}; remove it or use --fresh") from error
+            old = read_json(path)
             other = [k for k, v in asked.items() if old.get(k) != v]
             if other:
                 raise RunError(
@@ -220,6 +228,16 @@ class _Run:
                 )
             self.record = {**old, "versions": versions(), "machine": machine()}
         self.save()
+
+    def _forget(self) -> None:
+        """Remove what a run writes, and nothing else that lies in the folder."""
+        try:
+            if (self.folder / "trials").is_dir():
+                shutil.rmtree(self.folder / "trials")
+            for name in ("net.taut", "report.html", "log.txt", "run.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot clear {self.folder}: {error}; choose another folder") from error
 
     def save(self) -> None:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
@@ -286,8 +304,8 @@ class _Run:
     def _try(self, recipe: Recipe, number: int) -> tuple[Candidate, list[EpochRecord]]:
         folder = self.folder / "trials" / str(number)
         done = folder / "trial.json"
-        if done.is_file():
-            data = json.loads(done.read_text(encoding="utf-8"))
+        if done.is_file() and (folder / "net.taut").is_file():
+            data = read_json(done)
             history = [EpochRecord(**r) for r in data["history"]]
             return self._candidate(data["candidate"], number), history
         self.say(f"trial {number}: {recipe}")
@@ -310,8 +328,10 @@ class _Run:
         best = tried[chosen]
         path = self.folder / "net.taut"
         packed = load(best.path, clone(self.model))
+        content = Path(best.path).read_bytes()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
         if self.record["status"] != "done":
-            write_atomically(path, Path(best.path).read_bytes())
             original, best = self._time_together(original, best, packed)
             tried[chosen] = best
             self.record["original"] = original.to_json()
@@ -429,7 +449,10 @@ class _Trial:
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            raise unreadable(path, error) from error
         with torch.no_grad():
             for name, texts in state["forms"].items():
                 site = self.trace.site(name)

@@ -1,12 +1,16 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Writing files so that a reader finds the old one or the new one, never half of one.
+
+And reading a run's own files back.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from taut.errors import RunError
 
@@ -38,3 +42,19 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object] | byt
             "folder (--run-folder)"
         ) from error
     return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a run wrote. Raises RunError where there is none any more."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    return data
+
+
+def unreadable(path: Path, error: Exception) -> RunError:
+    """What to raise for a file of a run that is damaged."""
+    return RunError(f"cannot read {path}: {error}; start over with --fresh")

@@ -132,7 +132,7 @@ def is_goal(text: str) -> bool:
     >>> is_goal("bytes<=5%"), is_goal("prune_weights(sparsity=0.9) > recover()")
     (True, False)
     """
-    return "(" not in text and re.search(r"[<>]?=|<", text) is not None
+    return "(" not in text and re.search(r"[<=]|>\s*[-+.\d]", text) is not None
 
 
 def _bound(text: str, better: Direction) -> Bound:

@@ -8,6 +8,7 @@ too, before it is used.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import reprlib
 import zlib
@@ -27,6 +28,8 @@ from taut.files import write_atomically
 from taut.layers import Packed, pack_layer
 from taut.modules import device_of, owner, parametrization, parametrized_names
 from taut.recoding import FORMATS, PRECISIONS, Chain, PackedWeight, Plain
+
+_log = logging.getLogger("taut")
 
 MAGIC = b"TAUT\x01"
 DIGEST_BYTES = 8
@@ -87,16 +90,22 @@ def pack(model: nn.Module, path: str | Path, precision: str = "auto") -> int:
     Raises FormatError for what a file cannot hold: complex numbers, numbers too large for the
     precision, state that is no tensor. Raises RunError where the file cannot be written.
     """
+    check_precision(precision)
+    return write_atomically(path, encode(packed_state(model, precision)))
+
+
+def check_precision(precision: str) -> None:
+    """Raise FormatError for a precision that pack does not know."""
     choices = ("auto", *(n for n, d in PRECISIONS.items() if d.is_floating_point))
     if precision not in choices:
         near = did_you_mean(precision, choices)
         raise FormatError(f"pack: there is no precision {precision!r}{near}")
-    return write_atomically(path, encode(packed_state(model, precision)))
 
 
 def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, PackedWeight]:
     """Every parameter and buffer of a model as a packed weight: recoded ones, then the others."""
     found: dict[Names, PackedWeight] = {}
+    early: list[str] = []
     for names, source in _tied(model).items():
         try:
             if isinstance(source, PackedWeight):
@@ -106,8 +115,15 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
             else:
                 links, core = source
                 found[names] = links.pack(core, precision)
+                early += [names[0]] * (not links.settled())
         except FormatError as error:
             raise FormatError(f"pack: {names[0]}: {error}") from error
+    if early:
+        _log.warning(
+            "pack: %s %s not at full strength yet: train on to the last of the steps "
+            "(taut.attach_schedules, or recover)",
+            ", ".join(early), "is" if len(early) == 1 else "are",
+        )  # fmt: skip
     return found
 
 

@@ -260,6 +260,10 @@ class Chain(nn.Module):
             core = form(core)
         return found
 
+    def settled(self) -> bool:
+        """Whether every form has reached its full strength."""
+        return all(cast(Form, f).settled() for f in self.forms)
+
     def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
         """The packed weight; whatever no form recodes is stored at `precision`."""
         stages = self.stages(core.detach())

@@ -122,7 +122,7 @@ def advance(model: nn.Module, progress: float) -> None:
 
 def settled(model: nn.Module) -> bool:
     """Whether every form has reached its full strength."""
-    return all(f.settled() for links, core in _chains(model) for f, _ in links.stages(core))
+    return all(links.settled() for links, _ in _chains(model))
 
 
 @contextmanager
@@ -219,7 +219,7 @@ class _Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         output = self.model(*batch.args, **batch.kwargs)
-        loss = self.task.loss(output, batch.target)
+        loss = self.task.loss_of(output, batch.target)
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher(*batch.args, **batch.kwargs)

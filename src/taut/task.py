@@ -120,15 +120,16 @@ class Task:
             empty = False
             yield self._batch(item, split, device)
         if empty:
-            raise TaskError(f"{split}() yields no batch; Taut needs at least one (input, target)")
+            spent = "; a generator is used up after one pass" if isinstance(data, Iterator) else ""
+            raise TaskError(
+                f"{split}() yields no batch; Taut needs at least one (input, target){spent}"
+            )
 
     @staticmethod
     def _batch(item: Any, split: str, device: torch.device | None) -> Batch:
         if not isinstance(item, tuple | list) or len(item) != 2:
             form = _word(item)
-            if isinstance(item, Tensor):
-                form += f" of shape {list(item.shape)}"
-            elif isinstance(item, Sized):
+            if isinstance(item, Sized) and not isinstance(item, Tensor):
                 form += f" of {len(item)}"
             raise TaskError(f"{split}() must yield pairs (input, target), got {form}")
         given, target = item
@@ -180,8 +181,16 @@ class Task:
         finally:
             model.train(was_training)
         if metric is not None:
-            return float(metric.compute())
-        return float(self.score(_joined(outputs, "outputs"), _joined(targets, "targets")))
+            return _number("score", metric.compute())
+        found = self.score(_joined(outputs, "outputs"), _joined(targets, "targets"))
+        return _number("score", found)
+
+    def loss_of(self, output: Any, target: Any) -> Tensor:
+        """The loss of one batch, a tensor of one number. Raises TaskError for anything else."""
+        loss: Any = self.loss(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TaskError(f"loss must return a tensor of one number, got {_word(loss)}")
+        return loss
 
     def calibration_loss(self, examples: int = 1024) -> Callable[[nn.Module], float]:
         """A function that gives a network's mean loss on the same few training batches.
@@ -204,7 +213,7 @@ class Task:
                         *(_to(a, device) for a in batch.args),
                         **{k: _to(v, device) for k, v in batch.kwargs.items()},
                     )
-                    total += float(self.loss(output, _to(batch.target, device))) * batch.size
+                    total += float(self.loss_of(output, _to(batch.target, device))) * batch.size
             finally:
                 model.train(was_training)
             return total / sum(b.size for b in kept)
@@ -303,6 +312,14 @@ def _joined(parts: list[Any], what: str) -> Tensor:
     return torch.cat(parts)
 
 
+def _number(what: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(f"{what} must return one number, got {_word(value)}") from error
+
+
 def _word(value: Any) -> str:
     name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}{shape}"

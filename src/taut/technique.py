@@ -125,7 +125,7 @@ class Technique(Step, ABC):
         """Where it applies: by default every site that `only` matches."""
         chosen = tuple(s for s in trace.sites if self._matches(s))
         if not chosen:
-            known = ", ".join(s.name for s in trace.sites)
+            known = ", ".join(s.name for s in trace.sites) or "none, the network has no weights"
             raise RecipeError(f"{self.name}: only={self.only!r} matches no site; known: {known}")
         return chosen
 
