@@ -26,7 +26,7 @@ def test_compress_shows_the_table_and_names_its_files(compressed):
     folder, output = compressed
     size = (folder / "net.taut").stat().st_size
     assert f"{size:,}" in output
-    assert "latency, batch 1, 1 threads, pytorch" in output
+    assert "latency, batch 1, 1 thread, pytorch" in output
     assert (folder / "report.html").is_file()
     for name in ("net.taut", "report.html"):
         assert str(folder / name) in output.replace("\n", "")

@@ -13,7 +13,14 @@ import torch
 from conftest import digits_task, small_net
 
 import taut
-from taut.errors import FormatError, GoalError, RecipeError, RunError, TraceError
+from taut.errors import (
+    FormatError,
+    GoalError,
+    RecipeError,
+    RunError,
+    TaskError,
+    TraceError,
+)
 from taut.files import write_atomically
 
 RECIPE = (
@@ -296,3 +303,24 @@ def test_lower_is_better_reaches_goals_too(trained, tmp_path):
     )
     assert result.goal.bounds[1].limit(result.original) > result.original.score
     assert result.met == all(v.holds for v in result.verdicts)
+
+
+def test_a_score_that_is_nan_is_refused(trained, tmp_path):
+    task = digits_task(score=lambda output, target: float("nan"))
+    with pytest.raises(TaskError, match="score is NaN; look for NaN in the network's outputs"):
+        taut.compress(trained, task, "share_values(bits=4)", folder=tmp_path)
+
+
+def test_bounds_without_bytes_or_score_take_the_mildest_recipe(trained, task, tmp_path):
+    result = taut.compress(trained, task, "parameters<=50%", folder=tmp_path, epochs=2, trials=2)
+    assert result.met
+    assert result.measurement.nonzero_parameters > 0.45 * result.original.parameters
+
+
+def test_an_edited_task_file_is_another_run(task_file, tmp_path):
+    loaded = taut.load_task(task_file)
+    taut.compress(loaded.model(), loaded, "share_values(bits=4)", folder=tmp_path / "run")
+    task_file.write_text(task_file.read_text() + "# edited\n")
+    loaded = taut.load_task(task_file)
+    with pytest.raises(RunError, match=r"belongs to another run .its task file is"):
+        taut.compress(loaded.model(), loaded, "share_values(bits=4)", folder=tmp_path / "run")

@@ -87,7 +87,7 @@ def compress_command(
     wanted = _wanted(recipe, goal)
     task, model = _load(task_file)
     try:
-        with _progress(quiet=as_json) as watch:
+        with _progress(quiet=as_json, split=task.chooses_by) as watch:
             result = compress(
                 model, task, wanted, folder=run_folder, seed=seed, precision=precision,
                 epochs=epochs, trials=trials, fresh=fresh, watch=watch,
@@ -190,8 +190,8 @@ def _load(path: Path) -> tuple[Task, nn.Module]:
 class _Bar(Watch):
     """Shows a run as a progress bar with the last score."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress, split: str) -> None:
+        self.progress, self.split = progress, split
         self.bar = progress.add_task("", total=None, visible=False)
 
     def say(self, text: str) -> None:
@@ -207,20 +207,20 @@ class _Bar(Watch):
 
     def on_epoch(self, record: EpochRecord) -> None:
         self.progress.console.print(
-            f"  epoch {record.epoch}  loss {record.loss:.4f}  score {record.score:.4f}  "
-            f"[dim]{record.seconds:.1f} s[/]",
+            f"  epoch {record.epoch}  loss {record.loss:.4f}  {self.split} score "
+            f"{record.score:.4f}  [dim]{record.seconds:.1f} s[/]",
             highlight=False,
         )
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Watch]:
+def _progress(quiet: bool, split: str) -> Iterator[Watch]:
     if quiet:
         yield Watch()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as progress:
-        yield _Bar(progress)
+        yield _Bar(progress, split)
 
 
 def _print_result(result: Result, report: Path) -> None:
@@ -260,7 +260,8 @@ def _table(found: dict[str, Measurement]) -> Table:
     row("non-zero parameters", [m.nonzero_parameters for m in each])
     row("effective MACs", [m.effective_macs for m in each])
     for at in first.latencies:
-        label = f"latency, batch {at.batch}, {at.threads} threads, {at.engine} [ms]"
+        threads = f"{at.threads} thread{'' if at.threads == 1 else 's'}"
+        label = f"latency, batch {at.batch}, {threads}, {at.engine} [ms]"
         timed = [t for m in each if (t := m.latency(at.batch)) is not None]
         row(label, [t.median_ms for t in timed], "{:.3f}")
     row("peak memory of a forward [bytes]", [m.peak_memory_bytes for m in each])
@@ -272,7 +273,7 @@ def _inspection(summary: FileSummary) -> Table:
         title=f"{summary.size_bytes:,} bytes, {summary.overhead_bytes} of them container and header"
     )
     table.add_column("tensor and its parts")
-    for column in ("numbers", "bytes", "bits each", "plain Huffman"):
+    for column in ("numbers", "bytes", "bits each", "Huffman, no table"):
         table.add_column(column, justify="right")
     for t in summary.tensors:
         shape = " × ".join(map(str, t.shape))

@@ -146,6 +146,8 @@ def compress(
     asked = {"task": task.name, "asked": str(aim), "seed": seed, "precision": precision}
     if isinstance(aim, Goal):
         asked |= {"epochs": epochs, "trials": trials}
+    if task.source is not None:
+        asked["task file"] = xxhash.xxh3_64_hexdigest(task.source.read_bytes())
     run = _Run(model, task, aim, asked, folder, fresh, watch or Watch())
     with run.logging():
         return run.go()
@@ -199,7 +201,7 @@ class _Run:
         self.asked = asked
         self.record: dict[str, Any] = {
             **asked,
-            "source": task.source,
+            "source": str(task.source) if task.source else None,
             "status": "running",
             "versions": versions(),
             "machine": machine(),

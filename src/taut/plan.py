@@ -87,12 +87,13 @@ def propose(
     """The next recipe to try, or None.
 
     epochs: of recovery in the first trial, at least 2. most: how many trials there may be. Without
-    a bound on bytes the file is made as small as the other bounds allow.
+    a bound on bytes the file is made as small as the score's allows; without either, the mildest
+    recipe that keeps the others is taken.
     """
     if len(tried) >= most:
         return None
     planner = _Planner(goal, trace, model, statistics, original)
-    if goal.bound("bytes") is None:
+    if goal.bound("bytes") is None and goal.bound("score") is not None:
         return planner.smallest(tried, max(2, epochs))
     if any(goal.met(c.measurement, original) for c in tried):
         return None
@@ -110,8 +111,7 @@ class _Planner:
     def within(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
         """Aim at the bound on bytes; where the score falls short, train longer or change bits."""
         bound = self.goal.bound("bytes")
-        assert bound is not None
-        limit = bound.limit(self.original)
+        limit = math.inf if bound is None else bound.limit(self.original)
         if not tried:
             return self.recipe(limit * _ROOM, bits=5, epochs=epochs)
         last = tried[-1]

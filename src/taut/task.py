@@ -72,7 +72,7 @@ class Task:
         learning_rate: float = 1e-2,
         model: Callable[[], nn.Module] | None = None,
         name: str = "task",
-        source: str | None = None,
+        source: Path | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -254,7 +254,7 @@ def load_task(path: str | Path) -> Task:
         given["learning_rate"] = module.learning_rate
     return Task(
         train=module.train, test=module.test, model=_checked(module.model, path), **given,
-        name=path.stem if path.stem != "task" else path.resolve().parent.name, source=str(path),
+        name=path.stem if path.stem != "task" else path.resolve().parent.name, source=path,
     )  # fmt: skip
 
 
@@ -314,9 +314,12 @@ def _joined(parts: list[Any], what: str) -> Tensor:
 
 def _number(what: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TaskError(f"{what} must return one number, got {_word(value)}") from error
+    if math.isnan(number):
+        raise TaskError(f"{what} is NaN; look for NaN in the network's outputs or the test data")
+    return number
 
 
 def _word(value: Any) -> str:
