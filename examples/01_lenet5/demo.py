@@ -7,8 +7,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RECIPE = (
-    "prune_weights(sparsity=0.95, steps=3) > recover(epochs=4) > share_values(bits=4) > "
-    "recover(epochs=2)"
+    "prune_weights(sparsity=0.925, steps=2) > recover(epochs=6) > share_values(bits=5) > "
+    "recover(epochs=3)"
 )
 
 
@@ -24,12 +24,15 @@ def main():
     task, folder = HERE / "task.py", Path("runs/demo")
     taut("compress", task, "--recipe", RECIPE, "--run-folder", folder, "--fresh")
     print("reading net.taut back in a fresh process")
-    promised = json.loads((folder / "run.json").read_text())
-    promised = promised["candidates"][promised["chosen"]]["measurement"]
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    before, promised = record["original"], record["candidates"][0]["measurement"]
     again = taut("measure", task, folder / "net.taut", "--json")["net.taut"]
     if again["score"] != promised["score"]:
         sys.exit(f"the score was {promised['score']} and is {again['score']} after reloading")
+    lost = 100 * (before["score"] - again["score"])
+    ratio = before["size_bytes"] / (folder / "net.taut").stat().st_size
     print(f"the same score to the digit: {again['score']}")
+    print(f"{ratio:.1f} times smaller, {lost:.2f} points of the score lost")
     print(f"report: {(folder / 'report.html').resolve()}")
 
 
