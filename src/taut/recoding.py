@@ -18,7 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,11 +29,9 @@ from torch.nn.utils import parametrize
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
 from taut.modules import owner, parametrization, tensor_at
+from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.types import Cost, Site
-
-if TYPE_CHECKING:
-    from taut.statistics import Statistics
 
 # ---- packed weights -------------------------------------------------------------------------
 

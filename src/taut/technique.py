@@ -12,16 +12,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from torch import nn
 
 from taut.errors import RecipeError, did_you_mean
+from taut.statistics import Statistics
+from taut.trace import Trace
 from taut.types import Cost, Site
-
-if TYPE_CHECKING:
-    from taut.statistics import Statistics
-    from taut.trace import Trace
 
 
 def option(

@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,10 @@ from taut.recoding import (
     chain,
     register_format,
 )
+from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
+from taut.trace import Feed, Trace
 from taut.types import Site
-
-if TYPE_CHECKING:
-    from taut.statistics import Statistics
-    from taut.trace import Feed, Trace
 
 _log = logging.getLogger("taut")
 

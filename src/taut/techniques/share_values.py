@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
 from taut.kernels import lookup_matmul
 from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
+from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.types import Site
-
-if TYPE_CHECKING:
-    from taut.statistics import Statistics
 
 _log = logging.getLogger("taut")
 
