@@ -324,3 +324,26 @@ def test_an_edited_task_file_is_another_run(task_file, tmp_path):
     loaded = taut.load_task(task_file)
     with pytest.raises(RunError, match=r"belongs to another run .its task file is"):
         taut.compress(loaded.model(), loaded, "share_values(bits=4)", folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("recover(epochs=1) > share_values(bits=3) > prune_weights()", "in 8 numbers already"),
+        ("recover(epochs=1) > prune_weights(only='conv9')", "matches no site"),
+    ],
+)
+def test_a_step_that_cannot_follow_is_refused_before_training(
+    trained, task, tmp_path, recipe, message
+):
+    class Quiet(taut.Watch):
+        def on_batch(self, *_):
+            pytest.fail("trained before it refused")
+
+    with pytest.raises(RecipeError, match=message):
+        taut.compress(trained, task, recipe, folder=tmp_path, watch=Quiet())
+
+
+def test_a_step_may_come_again(trained, task, tmp_path):
+    recipe = "prune_weights(sparsity=0.5) > share_values(bits=5) > share_values(bits=3)"
+    assert taut.compress(trained, task, recipe, folder=tmp_path).ratio > 5

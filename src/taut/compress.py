@@ -33,7 +33,7 @@ from taut.goal import Goal, Verdict, is_goal
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
 from taut.pack import check_precision, load, pack
-from taut.plan import propose
+from taut.plan import check, propose
 from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
@@ -210,9 +210,8 @@ class _Run:
         }
         self._open(asked, fresh)
         self.trace = trace(model, task.example())
-        for step in aim.steps if isinstance(aim, Recipe) else ():
-            if isinstance(step, Technique):
-                step.sites(self.trace)  # refuses now what it would refuse after hours of training
+        if isinstance(aim, Recipe):
+            check(aim, self.trace)  # refuse now what would be refused after hours of training
         self.statistics = Statistics(model, task.calibration_loss())
 
     def _open(self, asked: dict[str, Any], fresh: bool) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from taut.goal import Goal
@@ -18,6 +19,7 @@ from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
 from taut.statistics import Statistics
+from taut.technique import Technique
 from taut.techniques import PruneWeights, ShareValues
 from taut.trace import Trace
 from taut.types import Candidate, Measurement, Site
@@ -34,6 +36,22 @@ class Forecast:
     size_bytes: float
     parameters: float
     macs: float
+
+
+def check(recipe: Recipe, trace: Trace) -> None:
+    """Refuse a recipe whose steps match no site, or cannot follow one another on some site.
+
+    Shapes alone decide: nothing is fitted.
+    """
+    cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.sites}
+    for step in recipe.steps:
+        for site in step.sites(trace) if isinstance(step, Technique) else ():
+            stack = cores[site.name]
+            if isinstance(step, Recoding):
+                if stack[-1][0] == step.name:  # it would be written anew
+                    stack.pop()
+                step.accepts(site, tuple(stack[-1][1].shape))
+                stack.append((step.name, step.blank(stack[-1][1])[1]))
 
 
 def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statistics) -> Forecast:

@@ -280,6 +280,10 @@ class Chain(nn.Module):
 class Recoding(Technique):
     """A technique that changes how a weight is written."""
 
+    def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
+        """Raise RecipeError where a core of this shape, at this site, cannot be recoded."""
+        return None
+
     @abstractmethod
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         """An unfitted form and core for a core of this shape; a checkpoint fills them in."""
@@ -320,6 +324,7 @@ class Recoding(Technique):
             matters: Tensor | None = None
             for form, its_core in stages:
                 matters = form.matters(its_core, matters)
+            self.accepts(site, tuple(held.shape))
             matters = None if matters is None else matters.cpu()
             form, new = self.fit(held.cpu(), matters, site, statistics)
         if links is not None and again:

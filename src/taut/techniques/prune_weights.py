@@ -128,17 +128,19 @@ class PruneWeights(Recoding):
         entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
         return count * entropy / 8 + (_plain_bytes(kept, p) if inner is None else inner(kept))
 
+    def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
+        if shape != site.shape:
+            raise RecipeError(
+                f"prune_weights: site {site.name!r} is written in {math.prod(shape)} numbers "
+                "already, not one for each weight; put prune_weights first in the recipe"
+            )
+
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         return Mask(torch.ones_like(core, dtype=torch.bool)), core
 
     def fit(
         self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
     ) -> tuple[Form, Tensor]:
-        if tuple(core.shape) != site.shape:
-            raise RecipeError(
-                f"prune_weights: site {site.name!r} is written in {core.numel()} numbers already, "
-                "not one for each weight; put prune_weights first in the recipe"
-            )
         if not bool(core.isfinite().all()):
             raise RecipeError(f"prune_weights: site {site.name!r} holds NaN or infinite weights")
         held = core if matters is None else core * matters
