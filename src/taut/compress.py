@@ -212,7 +212,8 @@ class _Run:
         self.trace = trace(model, task.example())
         if isinstance(aim, Recipe):
             check(aim, self.trace)  # refuse now what would be refused after hours of training
-        self.statistics = Statistics(model, task.calibration_loss())
+        loss = task.calibration_loss() if isinstance(aim, Goal) else None
+        self.statistics = Statistics(model, loss)  # only a goal asks for them
 
     def _open(self, asked: dict[str, Any], fresh: bool) -> None:
         path = self.folder / "run.json"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
 from taut.layers import packed_layers
-from taut.modules import device_of, tensor_at
+from taut.modules import device_of, tensor_at, to_device
 from taut.task import Task
 from taut.trace import Example, Trace
 from taut.types import Latency, Measurement
@@ -66,8 +66,8 @@ def tensor_bytes(model: nn.Module) -> int:
 def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.25) -> Latency:
     """Time one forward at PyTorch's present number of threads, after a warm-up."""
     device = device_of(model)
-    args = tuple(_to(a, device) for a in example[0])
-    kwargs = {k: _to(v, device) for k, v in example[1].items()}
+    args = tuple(to_device(a, device) for a in example[0])
+    kwargs = {k: to_device(v, device) for k, v in example[1].items()}
     threads = torch.get_num_threads()
     timer = Timer(
         "model(*args, **kwargs)",
@@ -94,8 +94,8 @@ def peak_memory(model: nn.Module, example: Example) -> int:
     allocates on top, in bytes.
     """
     device = device_of(model)
-    args = tuple(_to(a, device) for a in example[0])
-    kwargs = {k: _to(v, device) for k, v in example[1].items()}
+    args = tuple(to_device(a, device) for a in example[0])
+    kwargs = {k: to_device(v, device) for k, v in example[1].items()}
     model(*args, **kwargs)  # a packed layer that runs dense decodes its weights here
     resting = tensor_bytes(model) + sum(p.decoded_bytes() for p in packed_layers(model).values())
     if device.type == "cuda":
@@ -138,7 +138,3 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves 
     def _drop(self, at: int, size: int) -> None:
         self._alive.discard(at)
         self.now -= size
-
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -47,6 +47,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def to_device(value: Any, device: torch.device | None) -> Any:
+    """A tensor, or the tensors nested in a value, on a device; None leaves them where they are."""
+    if device is not None and isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(to_device(v, device) for v in value)
+    return {k: to_device(v, device) for k, v in value.items()} if type(value) is dict else value
+
+
 def clone(model: nn.Module) -> nn.Module:
     """A deep copy of a model that shares nothing with it.
 

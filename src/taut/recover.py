@@ -134,9 +134,9 @@ def adjusted_dropout(
     The rates that the original has are put back afterwards.
     """
     before: dict[nn.Module, float] = {}
-    for path, site in trace.dropouts.items() if trace and original else ():
+    for path, site in trace.dropouts.items() if trace is not None else ():
         module = model.get_submodule(path)
-        rate = getattr(original.get_submodule(path), "p", None) if original else None
+        rate = getattr(original.get_submodule(path), "p", None) if original is not None else None
         if isinstance(rate, float) and hasattr(module, "p"):
             weight = tensor_at(model, site)
             kept = int(weight.count_nonzero()) / weight.numel()

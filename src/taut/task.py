@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taut.errors import TaskError
-from taut.modules import device_of
+from taut.modules import device_of, to_device
 from taut.trace import Example
 from taut.types import Direction
 
@@ -135,9 +135,9 @@ class Task:
         given, target = item
         args, kwargs = _arguments(given, split)
         return Batch(
-            args=tuple(_to(a, device) for a in args),
-            kwargs={k: _to(v, device) for k, v in kwargs.items()},
-            target=_to(target, device),
+            args=tuple(to_device(a, device) for a in args),
+            kwargs={k: to_device(v, device) for k, v in kwargs.items()},
+            target=to_device(target, device),
         )
 
     def length(self, split: str) -> int | None:
@@ -210,10 +210,12 @@ class Task:
             try:
                 for batch in kept:
                     output = model(
-                        *(_to(a, device) for a in batch.args),
-                        **{k: _to(v, device) for k, v in batch.kwargs.items()},
+                        *(to_device(a, device) for a in batch.args),
+                        **{k: to_device(v, device) for k, v in batch.kwargs.items()},
                     )
-                    total += float(self.loss_of(output, _to(batch.target, device))) * batch.size
+                    total += (
+                        float(self.loss_of(output, to_device(batch.target, device))) * batch.size
+                    )
             finally:
                 model.train(was_training)
             return total / sum(b.size for b in kept)
@@ -293,14 +295,6 @@ class _Resize:
             return value
         times = -(-self.batch // max(self.now, 1))
         return value.repeat(times, *(1 for _ in value.shape[1:]))[: self.batch]
-
-
-def _to(value: Any, device: torch.device | None) -> Any:
-    if device is not None and isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_to(v, device) for v in value)
-    return {k: _to(v, device) for k, v in value.items()} if type(value) is dict else value
 
 
 def _joined(parts: list[Any], what: str) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from taut.errors import TraceError
-from taut.modules import clone, device_of
+from taut.modules import clone, device_of, to_device
 from taut.types import Kind, Site
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -59,7 +59,9 @@ class Trace:
         """The example that was traced, on the device of a model."""
         device = device_of(model)
         args, kwargs = self.example
-        return tuple(_to(a, device) for a in args), {k: _to(v, device) for k, v in kwargs.items()}
+        return tuple(to_device(a, device) for a in args), {
+            k: to_device(v, device) for k, v in kwargs.items()
+        }
 
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if name in s.names)
@@ -76,8 +78,8 @@ def trace(model: nn.Module, example: Example) -> Trace:
         parameter.requires_grad_(parameter.is_floating_point())
     device, fused = device_of(copied), torch.backends.mha.get_fastpath_enabled()
     logged = logging.root.manager.disable
-    args = tuple(_to(a, device) for a in example[0])
-    kwargs = {k: _to(v, device) for k, v in example[1].items()}
+    args = tuple(to_device(a, device) for a in example[0])
+    kwargs = {k: to_device(v, device) for k, v in example[1].items()}
     try:
         logging.disable(logging.CRITICAL)  # the error says it all
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
@@ -373,7 +375,3 @@ def _joins(source: fx.Node, node: fx.Node) -> bool:
 def _module_path(node: fx.Node) -> list[str]:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return [stack[-1][0]] if stack else []
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
