@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.taut-installed
+CSRC := $(shell find src/taut/kernels/csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -26,12 +27,12 @@ lint: $(STAMP) ## ruff and mypy
 
 check: lint test ## all that CI checks
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("Taut needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v[:2])'
 	@echo "Installing Taut into $(VENV); PyTorch makes this a long download the first time."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@# torch comes first and nothing is built in isolation: a native core compiles against it.
 	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) scikit-build-core cmake ninja
 	@$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -1,8 +1,10 @@
 """One function per operation on packed weights, named for its arithmetic.
 
-Each is defined in plain PyTorch by `reference.py`; a faster implementation must agree with it.
+Each is defined in plain PyTorch by `reference.py` and runs in C++ (csrc/) where that was built;
+the two must agree.
 """
 
-from taut.kernels.reference import lookup_matmul, sparse_matmul
+from taut.kernels.lookup import lookup_matmul
+from taut.kernels.reference import sparse_matmul
 
 __all__ = ["lookup_matmul", "sparse_matmul"]

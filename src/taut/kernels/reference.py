@@ -1,5 +1,7 @@
 """The definition of every kernel in plain PyTorch: right by inspection, not fast."""
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -7,12 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def lookup_matmul(x: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    """y[..., o] = Σ_i x[..., i] · table[index[o, i]]
+def lookup_matmul(x: Tensor, index: Tensor, table: Tensor, group: int | None = None) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · table[o, i / group, index[o, i]]
 
-    x: [..., in] float; index: [out, in] integers in [0, len(table)); table: [entries] float.
+    x: [..., in] float; index: [out, in] integers in [0, entries); table: [entries], or
+    [1 or out, groups, entries], float.
     """
-    return F.linear(x, table[index.long()].to(x.dtype))
+    if table.dim() == 1:
+        return F.linear(x, table[index.long()].to(x.dtype))
+    of_row = torch.arange(len(index), device=index.device)[:, None] % table.shape[0]
+    of_column = torch.arange(index.shape[1], device=index.device) // (group or index.shape[1])
+    return F.linear(x, table[of_row, of_column, index.long()].to(x.dtype))
 
 
 def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

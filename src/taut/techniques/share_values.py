@@ -24,7 +24,7 @@ from torch import Tensor
 
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
-from taut.kernels import lookup_matmul
+from taut.kernels.reference import lookup_matmul
 from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
 from taut.statistics import Statistics
 from taut.technique import option, register_step

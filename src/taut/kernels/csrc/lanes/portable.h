@@ -1,0 +1,130 @@
+// Sixteen floats or integers at a time, in the compiler's vector types: runs on every machine, and
+// is the pattern that the other headers of this folder follow.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "scratch.h"
+
+namespace {
+
+constexpr int kPanels = 1;     // F16 registers across the outputs of a tile (decode/matmul.h)
+constexpr int kTileBatch = 4;  // samples of a tile
+
+struct F16 {
+  typedef float Vector __attribute__((vector_size(64)));
+  Vector v;
+
+  static F16 zero() { return {Vector{}}; }
+  static F16 all(float x) { return {Vector{} + x}; }
+  static F16 load(const float* p) {
+    F16 r;
+    std::memcpy(&r.v, p, 64);
+    return r;
+  }
+  static F16 load_some(const float* p, int64_t n) {  // the first n, then zeros
+    F16 r = zero();
+    if (n > 0) std::memcpy(&r.v, p, size_t(n < 16 ? n : 16) * 4);
+    return r;
+  }
+  void store(float* p) const { std::memcpy(p, &v, 64); }
+  void store_some(float* p, int64_t n) const {
+    if (n > 0) std::memcpy(p, &v, size_t(n < 16 ? n : 16) * 4);
+  }
+  F16 first(int64_t n) const {  // the first n lanes, zeros after them, whatever stood there
+    F16 r = zero();
+    for (int64_t i = 0; i < n && i < 16; ++i) r.v[i] = v[i];
+    return r;
+  }
+  float sum() const {
+    float s[8];
+    for (int i = 0; i < 8; ++i) s[i] = v[i] + v[i + 8];
+    for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+  }
+};
+
+inline F16 operator+(F16 a, F16 b) { return {a.v + b.v}; }
+inline F16 operator*(F16 a, F16 b) { return {a.v * b.v}; }
+inline F16 multiply_add(F16 a, F16 b, F16 c) { return {a.v * b.v + c.v}; }  // a · b + c
+
+struct I16 {
+  typedef uint32_t Vector __attribute__((vector_size(64)));
+  Vector v;
+
+  static I16 all(uint32_t x) { return {Vector{} + x}; }
+  static I16 count_from(uint32_t x) {
+    I16 r = all(x);
+    for (int i = 0; i < 16; ++i) r.v[i] += i;
+    return r;
+  }
+  static I16 load(const void* p) {
+    I16 r;
+    std::memcpy(&r.v, p, 64);
+    return r;
+  }
+  static I16 load_bytes(const uint8_t* p) {
+    I16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+  static I16 load_shorts(const uint16_t* p) {
+    I16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+  void store(void* p) const { std::memcpy(p, &v, 64); }
+};
+
+inline I16 operator+(I16 a, I16 b) { return {a.v + b.v}; }
+inline I16 operator*(I16 a, I16 b) { return {a.v * b.v}; }  // the low 32 bits
+inline I16 operator^(I16 a, I16 b) { return {a.v ^ b.v}; }
+inline I16 operator&(I16 a, I16 b) { return {a.v & b.v}; }
+inline I16 operator|(I16 a, I16 b) { return {a.v | b.v}; }
+inline I16 operator>>(I16 a, int n) { return {a.v >> n}; }
+inline I16 operator<<(I16 a, int n) { return {a.v << n}; }
+inline I16 high_product(I16 a, I16 b) {  // the high 32 bits of a · b
+  I16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = uint32_t((uint64_t(a.v[i]) * b.v[i]) >> 32);
+  return r;
+}
+
+// Flips the sign of the lanes whose top bit is set in `bits`.
+inline F16 flip_signs(F16 x, I16 bits) {
+  I16 raw;
+  std::memcpy(&raw.v, &x.v, 64);
+  raw = raw ^ (bits & I16::all(0x80000000u));
+  std::memcpy(&x.v, &raw.v, 64);
+  return x;
+}
+
+inline F16 gather(const float* base, I16 index) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = base[index.v[i]];
+  return r;
+}
+
+// A table of 2**Bits floats, from which sixteen indices below 2**Bits are looked up at once.
+template <int Bits>
+struct Table {
+  const float* at;
+  static Table load(const float* p) { return {p}; }
+  F16 operator()(I16 index) const {  // only the lowest Bits of each index count
+    return gather(at, index & I16::all((1u << Bits) - 1));
+  }
+};
+
+// The columns of a 16 × 16 matrix become rows: out[c * stride + r] = in[r * in_stride + c].
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 16; ++c) out[c * out_stride + r] = in[r * in_stride + c];
+  }
+}
+
+// The sums of four vectors.
+inline void sums(const F16 (&v)[4], float (&out)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = v[i].sum();
+}
+
+}  // namespace

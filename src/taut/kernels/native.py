@@ -1,0 +1,92 @@
+"""The compiled kernels: loading them, what this machine can run, and forcing a variant.
+
+The C++ lies in csrc/ and is built when Taut is installed. Where that was not possible everything
+runs by the definitions in `reference.py`, and says so once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+FEATURES = ("avx2", "avx512", "avx512_vpopcntdq", "avx512_vnni", "neon")
+"""What dispatch looks at; bit i of a number of flags stands for FEATURES[i]."""
+
+_ALL = 2 ** len(FEATURES) - 1
+
+
+def _load() -> bool:
+    found = importlib.util.find_spec("taut.kernels.native_ops")
+    if found is None or found.origin is None:
+        warnings.warn(
+            "Taut was installed without its native kernels, so packed layers run slowly, in plain "
+            "PyTorch; to build them, have a C++20 compiler and reinstall by "
+            "`pip install --no-build-isolation --force-reinstall --no-deps taut`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
+    return True
+
+
+LOADED = _load()
+"""Whether the compiled kernels are there."""
+
+
+def features() -> tuple[str, ...]:
+    """What this processor has, of FEATURES."""
+    if not LOADED:
+        return ()
+    flags = torch.ops.taut.machine_flags()
+    return tuple(f for i, f in enumerate(FEATURES) if flags >> i & 1)
+
+
+def flags_of(names: tuple[str, ...]) -> int:
+    """The number that stands for these features."""
+    return sum(1 << FEATURES.index(n) for n in names)
+
+
+def variants(op: str, having: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The variants of an operation that a processor with these features can run, fastest first.
+
+    The first is the one that runs. having: invented features; those of this machine by default.
+    """
+    if not LOADED:
+        return ("reference",)
+    known = features() if having is None else having
+    return tuple(torch.ops.taut.variants(op, flags_of(known)).split())
+
+
+@contextmanager
+def restricted(to: tuple[str, ...]) -> Iterator[None]:
+    """Within it, kernels see a processor that has no more than these features (process-wide)."""
+    torch.ops.taut.restrict_flags(flags_of(to))
+    try:
+        yield
+    finally:
+        torch.ops.taut.restrict_flags(_ALL)
+
+
+def runs(x: Tensor, *parts: Tensor) -> bool:
+    """Whether a kernel can take this input: on the CPU, floats up to 32 bits, no gradient asked."""
+    return (
+        LOADED
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and all(t.device.type == "cpu" for t in (x, *parts))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts)))
+    )
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fake(op: str) -> Callable[[F], F]:
+    """Tell torch.compile and torch.export the shapes that an operation gives."""
+    return torch.library.register_fake(f"taut::{op}") if LOADED else lambda f: f
