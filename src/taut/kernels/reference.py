@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,3 +32,23 @@ def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int
     flat = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     flat[positions.long()] = values
     return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))
+
+
+def bitplane_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · W[o, i] of numbers that were decoded from their bits."""
+    return F.linear(x, weight)
+
+
+def bitplane_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    pad: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of decoded numbers whose border holds `pad`."""
+    border = (padding[1], padding[1], padding[0], padding[0])
+    padded = F.pad(x, border, value=pad)
+    return F.conv2d(padded, weight, None, tuple(stride), 0, tuple(dilation), groups)

@@ -71,6 +71,26 @@ inline F16 flip_signs(F16 x, I16 bits) {
   return {_mm512_castsi512_ps(raw)};
 }
 
+inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+
+inline F16 select(uint16_t bits, F16 yes, F16 no) {
+  return {_mm512_mask_blend_ps(bits, no.v, yes.v)};
+}
+
+struct PixelWords {
+  __m512i lo, hi;
+  void clear() { lo = hi = _mm512_setzero_si512(); }
+  void set(uint32_t pixels, int bit) {
+    const __m512i one = _mm512_set1_epi64(int64_t(uint64_t(1) << bit));
+    lo = _mm512_mask_or_epi64(lo, __mmask8(pixels), lo, one);
+    hi = _mm512_mask_or_epi64(hi, __mmask8(pixels >> 8), hi, one);
+  }
+  void store(uint64_t* p) const {
+    _mm512_storeu_si512(p, lo);
+    _mm512_storeu_si512(p + 8, hi);
+  }
+};
+
 inline F16 gather(const float* base, I16 index) {
   return {_mm512_i32gather_ps(index.v, base, 4)};
 }

@@ -99,6 +99,30 @@ inline F16 flip_signs(F16 x, I16 bits) {
   return x;
 }
 
+// Bit i: whether a[i] >= b[i]; never for NaN.
+inline uint32_t at_least(F16 a, F16 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= uint32_t(a.v[i] >= b.v[i]) << i;
+  return bits;
+}
+
+// Lane i: yes[i] where bit i is set, else no[i].
+inline F16 select(uint16_t bits, F16 yes, F16 no) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = bits >> i & 1 ? yes.v[i] : no.v[i];
+  return r;
+}
+
+// A 64-bit word for each of sixteen pixels, of which one bit is set at a time.
+struct PixelWords {
+  uint64_t word[16];
+  void clear() { std::memset(word, 0, sizeof word); }
+  void set(uint32_t pixels, int bit) {
+    for (int i = 0; i < 16; ++i) word[i] |= uint64_t(pixels >> i & 1) << bit;
+  }
+  void store(uint64_t* p) const { std::memcpy(p, word, sizeof word); }
+};
+
 inline F16 gather(const float* base, I16 index) {
   F16 r;
   for (int i = 0; i < 16; ++i) r.v[i] = base[index.v[i]];
