@@ -10,6 +10,7 @@ as they are. csrc/bitplane/bitplane.h holds the same formulas in C++.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Levels:
     offset: float = 0.0
     pad: float = 0.0
     takes_int8: bool = False
+
+    @functools.cached_property
+    def lowest(self) -> float:
+        """What bits of which none is set stand for."""
+        return self.offset - float(self.scale.sum())
 
     @classmethod
     def sign(cls, threshold: Tensor | float = 0.0, pad: float = 0.0) -> Levels:
@@ -112,9 +118,9 @@ class BitWeights:
         flat = bits.reshape(out, planes, channels, -1)
         taps = flat.shape[-1] if channels else math.prod(bits.shape[3:])
         wide = bits.new_zeros(groups, strips * 16, planes, taps, words * 64, dtype=torch.bool)
-        wide[:, :each, :, :, :channels] = (
-            flat.reshape(groups, each, planes, channels, taps).transpose(3, 4)
-        )
+        wide[:, :each, :, :, :channels] = flat.reshape(
+            groups, each, planes, channels, taps
+        ).transpose(3, 4)
         octets = wide.reshape(groups, strips, 16, planes, taps, words, 8, 8)
         weight_of = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
         packed = (octets * weight_of).sum(-1, dtype=torch.uint8).contiguous()
@@ -189,12 +195,11 @@ def bitplane_conv2d(
             weights.groups,
         )  # fmt: skip
         return y.to(torch.float32 if levels.takes_int8 else x.dtype)
-    lower = levels.offset - float(levels.scale.sum())  # what bits that are not set stand for
     values = x if levels.takes_int8 else x.float()
     if values.stride(1) != 1 and values.stride(3) != 1:
         values = values.contiguous()
     y = torch.ops.taut.bitplane_conv2d(
-        values, *_arguments(weights, levels), levels.pad - lower, weights.shape[0], weights.groups,
+        values, *_arguments(weights, levels), levels.pad - levels.lowest, weights.shape[0], weights.groups,
         list(weights.shape[2:]), list(stride), list(padding), list(dilation),
     )  # fmt: skip
     return y.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
@@ -203,7 +208,9 @@ def bitplane_conv2d(
 def _counts(x: Tensor, weights: BitWeights, levels: Levels) -> bool:
     """Whether bits are counted natively; the definition differentiates and knows every device."""
     if levels.takes_int8 != (x.dtype is torch.int8):
-        raise ValueError(f"these levels take {'int8' if levels.takes_int8 else 'floats'}, not {x.dtype}")
+        raise ValueError(
+            f"these levels take {'int8' if levels.takes_int8 else 'floats'}, not {x.dtype}"
+        )
     if levels.takes_int8:
         return native.LOADED and x.device.type == "cpu"
     return native.runs(x, weights.bits)

@@ -13,126 +13,146 @@
 
 namespace {
 
+// Where an output pixel stands, counted up through rows and images.
+struct Place {
+  int64_t n, h, w;
+
+  Place(const taut::Bitplanes& op, int64_t pixel)
+      : n(pixel / (op.out_w * op.out_h)), h(pixel / op.out_w % op.out_h), w(pixel % op.out_w) {}
+
+  void next(const taut::Bitplanes& op) {
+    if (++w < op.out_w) return;
+    w = 0;
+    if (++h < op.out_h) return;
+    h = 0, ++n;
+  }
+};
+
 struct Geometry {
   int64_t words;         // 64-bit words of one tap of one plane
   int64_t pixel;         // words of a pixel: groups × planes × words
   int64_t row, image;    // words from one padded row, or image, to the next
   int64_t taps, strips;  // strips: sixteens of outputs in a group
+  int64_t steps;         // words of a window of one plane, taps × words
   int64_t outputs;       // of a group
   int64_t pixels;        // of all output images
+  int64_t top, bottom, left, right;  // the pixels whose windows lie wholly inside
+
+  bool on_border(const Place& p) const {
+    return p.h < top || p.h > bottom || p.w < left || p.w > right;
+  }
 };
 
-// One block: `Pixels` output pixels, each given by where its window starts, × `Strips` · 16 outputs.
+// The bits in which windows and weights differ, of one plane of each.
 template <int Pixels, int Strips>
-void count_block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* const* windows,
-                 const int64_t* tap_at, int64_t group, int64_t strip, F16 (&y)[Pixels][Strips]) {
-  const int64_t padded = g.strips * 16, first = group * padded + strip * 16;
-  for (int s = 0; s < Strips; ++s) {
-    const F16 base = F16::load(op.w_sums + first + 16 * s) * F16::all(op.x_offset);
-    for (int j = 0; j < Pixels; ++j) y[j][s] = base;
+inline void count_plane(const Geometry& g, const uint64_t* const (&windows)[Pixels],
+                        const int64_t* step_at, int64_t plane_at, const uint64_t* w,
+                        int64_t strip, Counts (&counts)[Pixels][Strips]) {
+  for (auto& of_pixel : counts) {
+    for (auto& count : of_pixel) count = Counts::zero();
   }
-  const int64_t plane = g.taps * g.words * 16;
+  for (int64_t i = 0; i < g.steps; ++i) {
+    const int64_t offset = step_at[i] + plane_at;
+    Words words[Strips];
+    for (int s = 0; s < Strips; ++s) words[s] = Words::load(w + s * strip + 16 * i);
+#pragma GCC unroll 8
+    for (int j = 0; j < Pixels; ++j) {
+      const Bits bits = Bits::all(windows[j] + offset);
+      for (int s = 0; s < Strips; ++s) counts[j][s].add(words[s], bits);
+    }
+  }
+}
+
+// One block: `Pixels` output pixels, each given by where its window starts, × `Strips` sixteens of
+// outputs.
+template <int Pixels, int Strips>
+void count_block(const taut::Bitplanes& op, const Geometry& g,
+                 const uint64_t* const (&windows)[Pixels], const int64_t* step_at, int64_t group,
+                 int64_t strip, F16 (&y)[Pixels][Strips]) {
+  const int64_t padded = g.strips * 16, first = group * padded + strip * 16;
+  const int64_t plane = g.steps * 16;
+  const uint64_t* w = op.w + (group * g.strips + strip) * op.w_planes * plane;
   const F16 minus_two = F16::all(-2);
   const F16 length = F16::all(float(g.taps * op.image.channels / op.groups));
+  Counts counts[Pixels][Strips];
   for (int p = 0; p < op.w_planes; ++p) {
-    const uint64_t* w[Strips];
-    for (int s = 0; s < Strips; ++s) {
-      w[s] = op.w + ((group * g.strips + strip + s) * op.w_planes + p) * plane;
-    }
     for (int q = 0; q < op.levels.planes; ++q) {
-      Counts counts[Pixels][Strips];
-      for (auto& of_pixel : counts) {
-        for (auto& count : of_pixel) count = Counts::zero();
-      }
-      int64_t at = 0;
-      for (int64_t t = 0; t < g.taps; ++t) {
-        const int64_t offset = tap_at[t] + q * g.words;
-        for (int64_t k = 0; k < g.words; ++k, at += 16) {
-          Words words[Strips];
-          for (int s = 0; s < Strips; ++s) words[s] = Words::load(w[s] + at);
-#pragma GCC unroll 8
-          for (int j = 0; j < Pixels; ++j) {
-            const Bits bits = Bits::all(windows[j] + offset + k);
-            for (int s = 0; s < Strips; ++s) counts[j][s].add(words[s], bits);
-          }
-        }
-      }
+      count_plane(g, windows, step_at, q * g.words, w + p * plane, op.w_planes * plane, counts);
       for (int s = 0; s < Strips; ++s) {
         const F16 w_scale = F16::load(op.w_scale + p * op.groups * padded + first + 16 * s);
         const F16 scale = w_scale * F16::all(op.x_scale[q]);
+        const F16 base = F16::load(op.w_sums + first + 16 * s) * F16::all(op.x_offset);
         for (int j = 0; j < Pixels; ++j) {
           const F16 dot = multiply_add(minus_two, counts[j][s].floats(), length);  // exact
-          y[j][s] = y[j][s] + scale * dot;
+          y[j][s] = (p + q == 0 ? base : y[j][s]) + scale * dot;
         }
       }
     }
   }
 }
 
-// Where an output pixel stands, counted up through rows and images.
-struct Place {
-  int64_t n, h, w;
-};
-
 // The taps that fall on padding counted as bits that are not set: put right what they add.
-inline F16 pad_taps(const taut::Bitplanes& op, int64_t tap, int64_t h, int64_t w,
+inline F16 pad_taps(const taut::Bitplanes& op, const Geometry& g, const Place& place,
                     const float* sums, F16 y) {
-  const int64_t top = h * op.stride_h - op.pad_h, left = w * op.stride_w - op.pad_w;
-  const bool inside = top >= 0 && left >= 0 &&
-                      top + (op.kernel_h - 1) * op.dilation_h < op.image.height &&
-                      left + (op.kernel_w - 1) * op.dilation_w < op.image.width;
-  if (inside) return y;
   F16 sum = F16::zero();
   for (int64_t i = 0; i < op.kernel_h; ++i) {
-    const int64_t at_h = top + i * op.dilation_h;
+    const int64_t h = place.h * op.stride_h - op.pad_h + i * op.dilation_h;
     for (int64_t j = 0; j < op.kernel_w; ++j) {
-      const int64_t at_w = left + j * op.dilation_w;
-      if (at_h >= 0 && at_h < op.image.height && at_w >= 0 && at_w < op.image.width) continue;
-      sum = sum + F16::load(sums + (i * op.kernel_w + j) * tap);
+      const int64_t w = place.w * op.stride_w - op.pad_w + j * op.dilation_w;
+      if (h >= 0 && h < op.image.height && w >= 0 && w < op.image.width) continue;
+      sum = sum + F16::load(sums + (i * op.kernel_w + j) * g.strips * op.groups * 16);
     }
   }
   return y + F16::all(op.pad) * sum;
 }
 
+// Pixels from `place` on, which moves past them, times `Strips` sixteens of outputs.
 template <int Pixels, int Strips>
-void block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x, const int64_t* tap_at,
-           int64_t pixel, int64_t group, int64_t strip) {
+void block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x, const int64_t* step_at,
+           Place& place, int64_t pixel, int64_t group, int64_t strip) {
   const uint64_t* windows[Pixels];
-  Place place{pixel / (op.out_w * op.out_h), pixel / op.out_w % op.out_h, pixel % op.out_w};
-  Place places[Pixels];
+  const Place first = place;
+  bool at_border = false;
   for (int j = 0; j < Pixels; ++j) {
-    places[j] = place;
     windows[j] = x + place.n * g.image + place.h * op.stride_h * g.row +
                  place.w * op.stride_w * g.pixel + group * op.levels.planes * g.words;
-    if (++place.w == op.out_w) {
-      place.w = 0;
-      if (++place.h == op.out_h) place.h = 0, ++place.n;
-    }
+    at_border |= g.on_border(place);
+    place.next(op);
   }
   F16 y[Pixels][Strips];
-  count_block<Pixels, Strips>(op, g, windows, tap_at, group, strip, y);
-  for (int j = 0; j < Pixels; ++j) {
-    for (int s = 0; s < Strips; ++s) {
-      const int64_t o = (strip + s) * 16;
-      if (op.pad != 0) {
-        const float* sums = op.tap_sums + group * g.strips * 16 + o;
-        y[j][s] = pad_taps(op, g.strips * op.groups * 16, places[j].h, places[j].w, sums, y[j][s]);
+  count_block<Pixels, Strips>(op, g, windows, step_at, group, strip, y);
+  if (op.pad != 0 && at_border) {
+    Place at = first;
+    for (int j = 0; j < Pixels; ++j, at.next(op)) {
+      if (!g.on_border(at)) continue;
+      for (int s = 0; s < Strips; ++s) {
+        const float* sums = op.tap_sums + (group * g.strips + strip + s) * 16;
+        y[j][s] = pad_taps(op, g, at, sums, y[j][s]);
       }
-      float* to = op.y + (pixel + j) * op.out + group * g.outputs + o;
-      y[j][s].store_some(to, g.outputs - o);
+    }
+  }
+  float* to = op.y + pixel * op.out + group * g.outputs + strip * 16;
+  const int64_t valid = g.outputs - strip * 16;
+  for (int j = 0; j < Pixels; ++j, to += op.out) {
+    for (int s = 0; s < Strips; ++s) {
+      if (valid >= 16 * Strips) {
+        y[j][s].store(to + 16 * s);
+      } else {
+        y[j][s].store_some(to + 16 * s, valid - 16 * s);
+      }
     }
   }
 }
 
 template <int Strips, int Pixels = kPixels>
 void some_pixels(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x,
-                 const int64_t* tap_at, int64_t pixel, int64_t count, int64_t group,
+                 const int64_t* step_at, Place& place, int64_t pixel, int64_t count, int64_t group,
                  int64_t strip) {
   if constexpr (Pixels > 0) {
     if (count < Pixels) {
-      return some_pixels<Strips, Pixels - 1>(op, g, x, tap_at, pixel, count, group, strip);
+      return some_pixels<Strips, Pixels - 1>(op, g, x, step_at, place, pixel, count, group, strip);
     }
-    block<Pixels, Strips>(op, g, x, tap_at, pixel, group, strip);
+    block<Pixels, Strips>(op, g, x, step_at, place, pixel, group, strip);
   }
 }
 
@@ -144,32 +164,45 @@ inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& par
   g.row = (op.image.width + 2 * op.pad_w) * g.pixel;
   g.image = (op.image.height + 2 * op.pad_h) * g.row;
   g.taps = op.kernel_h * op.kernel_w;
+  g.steps = g.taps * g.words;
   g.outputs = op.out / op.groups;
   g.strips = (g.outputs + 15) / 16;
   g.pixels = op.image.count * op.out_h * op.out_w;
 
+  g.top = (op.pad_h + op.stride_h - 1) / op.stride_h;
+  g.left = (op.pad_w + op.stride_w - 1) / op.stride_w;
+  const int64_t last_h = op.image.height + op.pad_h - (op.kernel_h - 1) * op.dilation_h - 1;
+  const int64_t last_w = op.image.width + op.pad_w - (op.kernel_w - 1) * op.dilation_w - 1;
+  g.bottom = last_h < 0 ? -1 : last_h / op.stride_h;
+  g.right = last_w < 0 ? -1 : last_w / op.stride_w;
+
   const int64_t size = op.image.count * g.image;
-  auto* memory = static_cast<uint64_t*>(taut::scratch<1>(size_t(size + g.taps) * 8));
-  auto* tap_at = reinterpret_cast<int64_t*>(memory);
-  uint64_t* x = memory + g.taps;
-  for (int64_t t = 0; t < g.taps; ++t) {
-    tap_at[t] = t / op.kernel_w * op.dilation_h * g.row + t % op.kernel_w * op.dilation_w * g.pixel;
+  auto* memory = static_cast<uint64_t*>(taut::scratch<1>(size_t(size + g.steps) * 8));
+  auto* step_at = reinterpret_cast<int64_t*>(memory);  // where a window's words lie
+  uint64_t* x = memory + g.steps;
+  for (int64_t i = 0; i < g.steps; ++i) {
+    const int64_t h = i / g.words / op.kernel_w, w = i / g.words % op.kernel_w;
+    step_at[i] = h * op.dilation_h * g.row + w * op.dilation_w * g.pixel + i % g.words;
   }
   pack_image(op, g.words, x, parallel);
 
-  const int64_t wide = (g.strips + kStrips16 - 1) / kStrips16;  // steps through a group's outputs
+  // Items of work: all pixels for the first outputs, then all for the next ones.
+  const int64_t wide = (g.strips + kStrips16 - 1) / kStrips16;
   const int64_t blocks = (g.pixels + kPixels - 1) / kPixels;
-  const int64_t work = g.taps * g.words * op.w_planes * op.levels.planes;
+  const int64_t work = g.steps * op.w_planes * op.levels.planes;
   parallel(op.groups * wide * blocks, 1 + 1024 / (work + 1), [&](int64_t begin, int64_t end) {
+    int64_t outputs = begin / blocks, pixel = begin % blocks * kPixels;
+    Place place(op, pixel);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t pixel = i % blocks * kPixels, outputs = i / blocks;
       const int64_t group = outputs / wide, strip = outputs % wide * kStrips16;
       const int64_t count = g.pixels - pixel;
       if (g.strips - strip >= kStrips16) {
-        some_pixels<kStrips16>(op, g, x, tap_at, pixel, count, group, strip);
+        some_pixels<kStrips16>(op, g, x, step_at, place, pixel, count, group, strip);
       } else {
-        some_pixels<1>(op, g, x, tap_at, pixel, count, group, strip);
+        some_pixels<1>(op, g, x, step_at, place, pixel, count, group, strip);
       }
+      pixel += kPixels;
+      if (pixel >= g.pixels) pixel = 0, ++outputs, place = Place(op, 0);
     }
   });
 }

@@ -9,32 +9,43 @@
 
 namespace {
 
-// Which thresholds flip a plane: bit q of the pattern differs between level j and level j + 1.
-// Bit q of the pattern is then the first level's, flipped once for each such threshold reached.
+// Plane q is bit q of the first level's pattern, flipped by each threshold that is reached and that
+// parts two levels whose patterns differ in that bit. Masks of sixteen ones, or none.
 struct Flips {
-  bool start[taut::kMaxPlanes];
-  bool at[taut::kMaxLevels - 1][taut::kMaxPlanes];
+  bool sign;  // one threshold, one plane that it sets: the common case
+  uint32_t start[taut::kMaxPlanes];
+  uint32_t at[taut::kMaxLevels - 1][taut::kMaxPlanes];
 
   explicit Flips(const taut::Levels& levels) {
     for (int q = 0; q < levels.planes; ++q) {
-      start[q] = levels.pattern[0] >> q & 1;
+      start[q] = levels.pattern[0] >> q & 1 ? 0xffff : 0;
       for (int j = 0; j + 1 < levels.count; ++j) {
-        at[j][q] = (levels.pattern[j] ^ levels.pattern[j + 1]) >> q & 1;
+        at[j][q] = (levels.pattern[j] ^ levels.pattern[j + 1]) >> q & 1 ? 0xffff : 0;
       }
     }
+    sign = levels.count == 2 && levels.planes == 1 && start[0] == 0 && at[0][0] != 0;
   }
 };
 
-// Sixteen values of consecutive channels → sixteen bits of each plane.
-inline void strip_bits(const taut::Levels& levels, const Flips& flips, F16 x, int64_t channel,
-                       int64_t channels, int64_t valid, uint32_t (&bits)[taut::kMaxPlanes]) {
-  for (int q = 0; q < levels.planes; ++q) bits[q] = flips.start[q] ? 0xffff : 0;
-  for (int j = 0; j + 1 < levels.count; ++j) {
-    const F16 t = levels.per_channel
-                      ? F16::load_some(levels.thresholds + j * channels + channel, valid)
-                      : F16::all(levels.thresholds[j]);
-    const uint32_t reached = at_least(x, t);
-    for (int q = 0; q < levels.planes; ++q) bits[q] ^= flips.at[j][q] ? reached : 0;
+// One pixel whose channels lie side by side, by one threshold for all of them.
+inline void pack_signs(const float* x, F16 threshold, int64_t channels, uint64_t* to) {
+  int64_t c = 0;
+  for (; c + 64 <= channels; c += 64) {
+    uint64_t word = 0;
+    for (int s = 0; s < 4; ++s) {
+      word |= uint64_t(at_least(F16::load(x + c + 16 * s), threshold)) << (16 * s);
+    }
+    *to++ = word;
+  }
+  if (c < channels) {
+    uint64_t word = 0;
+    for (int s = 0; s < 4 && c + 16 * s < channels; ++s) {
+      const int64_t valid = channels - c - 16 * s;
+      const uint32_t mask = valid >= 16 ? 0xffff : (1u << valid) - 1;
+      const F16 values = F16::load_some(x + c + 16 * s, valid);
+      word |= uint64_t(at_least(values, threshold) & mask) << (16 * s);
+    }
+    *to = word;
   }
 }
 
@@ -42,14 +53,26 @@ inline void strip_bits(const taut::Levels& levels, const Flips& flips, F16 x, in
 inline void pack_pixel(const taut::Levels& levels, const Flips& flips, const float* x,
                        int64_t groups, int64_t channels, int64_t words, uint64_t* to) {
   for (int64_t g = 0; g < groups; ++g, x += channels, to += levels.planes * words) {
+    if (flips.sign && !levels.per_channel) {
+      pack_signs(x, F16::all(levels.thresholds[0]), channels, to);
+      continue;
+    }
     for (int64_t k = 0; k < words; ++k) {
       uint64_t word[taut::kMaxPlanes] = {};
       for (int64_t s = 0; s < 4; ++s) {
         const int64_t channel = 64 * k + 16 * s, valid = channels - channel;
         if (valid <= 0) break;
+        const F16 values = F16::load_some(x + channel, valid);
         uint32_t bits[taut::kMaxPlanes];
-        const F16 values = valid >= 16 ? F16::load(x + channel) : F16::load_some(x + channel, valid);
-        strip_bits(levels, flips, values, g * channels + channel, groups * channels, valid, bits);
+        for (int q = 0; q < levels.planes; ++q) bits[q] = flips.start[q];
+        const float* t = levels.thresholds + (levels.per_channel ? g * channels + channel : 0);
+        for (int j = 0; j + 1 < levels.count; ++j) {
+          const F16 threshold = levels.per_channel
+                                    ? F16::load_some(t + j * groups * channels, valid)
+                                    : F16::all(t[j]);
+          const uint32_t reached = at_least(values, threshold);
+          for (int q = 0; q < levels.planes; ++q) bits[q] ^= reached & flips.at[j][q];
+        }
         const uint32_t mask = valid >= 16 ? 0xffff : (1u << valid) - 1;
         for (int q = 0; q < levels.planes; ++q) word[q] |= uint64_t(bits[q] & mask) << (16 * s);
       }
@@ -71,11 +94,11 @@ inline void pack_plane(const taut::Levels& levels, const Flips& flips, const flo
       const float* from = x + channel * stride_c;
       const F16 values = valid >= 16 ? F16::load(from) : F16::load_some(from, valid);
       uint32_t bits[taut::kMaxPlanes];
-      for (int q = 0; q < levels.planes; ++q) bits[q] = flips.start[q] ? 0xffff : 0;
+      for (int q = 0; q < levels.planes; ++q) bits[q] = flips.start[q];
       for (int j = 0; j + 1 < levels.count; ++j) {
         const int64_t at = levels.per_channel ? j * groups * channels + channel : j;
         const uint32_t reached = at_least(values, F16::all(levels.thresholds[at]));
-        for (int q = 0; q < levels.planes; ++q) bits[q] ^= flips.at[j][q] ? reached : 0;
+        for (int q = 0; q < levels.planes; ++q) bits[q] ^= reached & flips.at[j][q];
       }
       for (int q = 0; q < levels.planes; ++q) word[q].set(bits[q], int(c));
     }
