@@ -142,7 +142,7 @@ class BitWeights:
     def dense(self) -> Tensor:
         """The weight, [*shape] float32."""
         out, channels = self.shape[:2]
-        strips, planes, taps, words, _ = self.bits.shape
+        _, planes, taps, words, _ = self.bits.shape
         each = out // self.groups
         rows = self.bits.permute(0, 4, 1, 2, 3)
         octets = rows.clone(memory_format=torch.contiguous_format).view(torch.uint8)
@@ -163,7 +163,7 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
     if levels is None:
         if not native.runs(x, weights.bits):
             return reference.bitplane_matmul(x, weights.dense().to(x.dtype))
-        y = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
+        y: Tensor = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
         return y.reshape(*x.shape[:-1], out).to(x.dtype)
     if not _counts(x, weights, levels):
         y = reference.bitplane_matmul(levels.decoded(flat), weights.dense())
@@ -199,7 +199,8 @@ def bitplane_conv2d(
     if values.stride(1) != 1 and values.stride(3) != 1:
         values = values.contiguous()
     y = torch.ops.taut.bitplane_conv2d(
-        values, *_arguments(weights, levels), levels.pad - levels.lowest, weights.shape[0], weights.groups,
+        values, *_arguments(weights, levels), levels.pad - levels.lowest,
+        weights.shape[0], weights.groups,
         list(weights.shape[2:]), list(stride), list(padding), list(dilation),
     )  # fmt: skip
     return y.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
@@ -221,8 +222,11 @@ def _arguments(w: BitWeights, levels: Levels) -> tuple[Tensor | float, ...]:
 
 
 @native.fake("bitplane_matmul")
-def _(x: Tensor, *arguments: object) -> Tensor:
-    return x.new_empty(x.shape[0], arguments[-1], dtype=torch.float32)
+def _(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_sums: Tensor, x_scale: Tensor, thresholds: Tensor,
+    pattern: Tensor, x_offset: float, out: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], out, dtype=torch.float32)
 
 
 @native.fake("bitplane_real")
