@@ -198,12 +198,12 @@ def bitplane_conv2d(
     values = x if levels.takes_int8 else x.float()
     if values.stride(1) != 1 and values.stride(3) != 1:
         values = values.contiguous()
-    y = torch.ops.taut.bitplane_conv2d(
+    counted: Tensor = torch.ops.taut.bitplane_conv2d(
         values, *_arguments(weights, levels), levels.pad - levels.lowest,
         weights.shape[0], weights.groups,
         list(weights.shape[2:]), list(stride), list(padding), list(dilation),
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
+    return counted.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
 
 
 def _counts(x: Tensor, weights: BitWeights, levels: Levels) -> bool:

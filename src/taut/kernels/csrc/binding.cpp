@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bitplane/bitplane.h"
+#include "cells/cells.h"
 #include "cpu.h"
 #include "lookup/lookup.h"
 
@@ -189,6 +190,38 @@ Tensor bitplane_real(const Tensor& x, const Tensor& w, const Tensor& w_scale, in
   return y;
 }
 
+// ---- recurrent cells ----
+
+// [cell's or one part, batch, size]: the hidden state, then an LSTM's cell.
+Tensor recurrent_cell(const char* op, int gates, taut::RecurrentCell run, const Tensor& i,
+                      const Tensor& h, const Tensor& state) {
+  taut::Cell k{};
+  k.i = data<float>(i, op, "i", ScalarType::Float, 2);
+  k.h = data<float>(h, op, "h", ScalarType::Float, 2);
+  k.state = data<float>(state, op, "state", ScalarType::Float, 2);
+  k.batch = state.size(0), k.size = state.size(1);
+  for (const Tensor* t : {&i, &h}) {
+    STD_TORCH_CHECK(t->size(0) == k.batch && t->size(1) == gates * k.size, op,
+                    ": i and h must be [", k.batch, ", ", gates * k.size, "], got ", shape_of(*t));
+  }
+  const int64_t parts = gates == 4 ? 2 : 1;
+  Tensor y = torch::stable::empty({parts, k.batch, k.size}, ScalarType::Float);
+  k.hidden = static_cast<float*>(y.mutable_data_ptr());
+  k.cell = k.hidden + k.batch * k.size;
+  run(k, on_torch);
+  return y;
+}
+
+Tensor lstm_cell(const Tensor& i, const Tensor& h, const Tensor& cell) {
+  const auto& variant = taut::choose(taut::kLstmVariants, taut::cpu_flags());
+  return recurrent_cell("lstm_cell", 4, variant.run, i, h, cell);
+}
+
+Tensor gru_cell(const Tensor& i, const Tensor& h, const Tensor& state) {
+  const auto& variant = taut::choose(taut::kGruVariants, taut::cpu_flags());
+  return recurrent_cell("gru_cell", 3, variant.run, i, h, state);
+}
+
 // ---- what the machine has, for doctor and the tests ----
 
 template <class Function, size_t N>
@@ -204,6 +237,8 @@ std::string names(const taut::Variant<Function> (&variants)[N], int64_t flags) {
 std::string variants(std::string op, int64_t flags) {
   if (op == "bitplane_matmul" || op == "bitplane_conv2d") return names(taut::kBitplaneVariants, flags);
   if (op == "bitplane_real") return names(taut::kBitplaneRealVariants, flags);
+  if (op == "gru_cell") return names(taut::kGruVariants, flags);
+  if (op == "lstm_cell") return names(taut::kLstmVariants, flags);
   if (op == "lookup_matmul") return names(taut::kLookupVariants, flags);
   STD_TORCH_CHECK(false, "no operation is called ", op);
 }
@@ -223,6 +258,8 @@ STABLE_TORCH_LIBRARY(taut, m) {
       "Tensor thresholds, Tensor pattern, float x_offset, float pad, int out, int groups, "
       "int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("bitplane_real(Tensor x, Tensor w, Tensor w_scale, int out) -> Tensor");
+  m.def("gru_cell(Tensor i, Tensor h, Tensor state) -> Tensor");
+  m.def("lstm_cell(Tensor i, Tensor h, Tensor cell) -> Tensor");
   m.def("lookup_matmul(Tensor x, Tensor codes, Tensor table, int bits, int group) -> Tensor");
   m.def("variants(str op, int flags) -> str");
   m.def("machine_flags() -> int");
@@ -233,6 +270,8 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("bitplane_matmul", TORCH_BOX(&bitplane_matmul));
   m.impl("bitplane_conv2d", TORCH_BOX(&bitplane_conv2d));
   m.impl("bitplane_real", TORCH_BOX(&bitplane_real));
+  m.impl("gru_cell", TORCH_BOX(&gru_cell));
+  m.impl("lstm_cell", TORCH_BOX(&lstm_cell));
   m.impl("lookup_matmul", TORCH_BOX(&lookup_matmul));
 }
 
