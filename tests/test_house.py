@@ -30,7 +30,7 @@ FLOORS = (
     {"recoding"},
     {"layers"},
     {"techniques"},
-    {"task", "goal", "recipe"},
+    {"task", "goal", "recipe", "tune"},
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},
