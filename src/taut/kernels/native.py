@@ -23,17 +23,22 @@ _ALL = 2 ** len(FEATURES) - 1
 
 def _load() -> bool:
     found = importlib.util.find_spec("taut.kernels.native_ops")
-    if found is None or found.origin is None:
-        warnings.warn(
-            "Taut was installed without its native kernels, so packed layers run slowly, in plain "
-            "PyTorch; to build them, have a C++20 compiler and reinstall by "
-            "`pip install --no-build-isolation --force-reinstall --no-deps taut`",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
-    return True
+    why = "they were not built"
+    if found is not None and found.origin is not None:
+        try:
+            torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
+            return True
+        except OSError as error:  # built for another processor, or against another PyTorch
+            why = str(error)
+    warnings.warn(
+        f"Taut runs without its native kernels ({why}), so packed layers run slowly, in plain "
+        "PyTorch; to build them, have a C++20 compiler, `pip install scikit-build-core cmake "
+        "ninja`, and reinstall Taut by `pip install --no-build-isolation --no-cache-dir "
+        "--force-reinstall --no-deps`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 LOADED = _load()

@@ -1,0 +1,27 @@
+"""Loading the kernels, and what happens where that is not possible."""
+
+import importlib.util
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+from taut.kernels import native
+
+
+def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match=r"native kernels \(they were not built\)") as said:
+        assert not native._load()
+    assert len(said) == 1
+    monkeypatch.setattr(native, "LOADED", False)
+    assert native.features() == ()
+    assert native.variants("lookup_matmul") == ("reference",)
+
+
+def test_kernels_that_do_not_load_are_done_without(monkeypatch, tmp_path) -> None:
+    broken = tmp_path / "native_ops.so"
+    broken.write_bytes(b"no library")
+    spec = ModuleSpec("taut.kernels.native_ops", None, origin=str(broken))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.warns(RuntimeWarning, match=r"without its native kernels \(.*native_ops\.so"):
+        assert not native._load()
