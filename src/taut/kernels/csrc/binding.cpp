@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
 
 #include <string>
 
@@ -77,10 +78,37 @@ std::string names(const taut::Variant<Function> (&variants)[N], int64_t flags) {
   return all;
 }
 
+struct Operation {
+  const char* name;
+  std::string (*variants)(int64_t flags);
+};
+
+// Every operation, a line each.
+const Operation kOperations[] = {
+    {"lookup_matmul", [](int64_t flags) { return names(taut::kLookupVariants, flags); }},
+};
+
+std::string operations() {
+  std::string all;
+  for (const auto& op : kOperations) all += std::string(all.empty() ? "" : " ") + op.name;
+  return all;
+}
+
 // The variants of an operation that processors with these flags can run, the chosen one first.
 std::string variants(std::string op, int64_t flags) {
-  if (op == "lookup_matmul") return names(taut::kLookupVariants, flags);
-  STD_TORCH_CHECK(false, "no operation is called ", op);
+  for (const auto& each : kOperations) {
+    if (op == each.name) return each.variants(flags);
+  }
+  STD_TORCH_CHECK(false, "no operation is called ", op, "; there are ", operations());
+}
+
+// What compiled this library, and the PyTorch whose headers it read.
+std::string build() {
+#if defined(__clang__)
+  return "clang " __clang_version__ ", PyTorch " TORCH_VERSION;
+#else
+  return "g++ " __VERSION__ ", PyTorch " TORCH_VERSION;
+#endif
 }
 
 int64_t machine_flags() { return taut::machine_flags(); }
@@ -91,7 +119,9 @@ void restrict_flags(int64_t allowed) { taut::restrict_flags(uint32_t(allowed)); 
 
 STABLE_TORCH_LIBRARY(taut, m) {
   m.def("lookup_matmul(Tensor x, Tensor codes, Tensor table, int bits, int group) -> Tensor");
+  m.def("operations() -> str");
   m.def("variants(str op, int flags) -> str");
+  m.def("build() -> str");
   m.def("machine_flags() -> int");
   m.def("restrict_flags(int allowed) -> ()");
 }
@@ -99,7 +129,9 @@ STABLE_TORCH_LIBRARY(taut, m) {
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("lookup_matmul", TORCH_BOX(&lookup_matmul)); }
 
 STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {
+  m.impl("operations", TORCH_BOX(&operations));
   m.impl("variants", TORCH_BOX(&variants));
+  m.impl("build", TORCH_BOX(&build));
   m.impl("machine_flags", TORCH_BOX(&machine_flags));
   m.impl("restrict_flags", TORCH_BOX(&restrict_flags));
 }
