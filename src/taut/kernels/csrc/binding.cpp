@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
 
 #include <string>
 #include <vector>
@@ -224,23 +225,51 @@ Tensor gru_cell(const Tensor& i, const Tensor& h, const Tensor& state) {
 
 // ---- what the machine has, for doctor and the tests ----
 
-template <class Function, size_t N>
-std::string names(const taut::Variant<Function> (&variants)[N], int64_t flags) {
+template <const auto& Variants>
+std::string names(int64_t flags) {
   std::string all;
-  for (const auto& v : variants) {
+  for (const auto& v : Variants) {
     if ((v.needs & ~uint32_t(flags)) == 0) all += std::string(all.empty() ? "" : " ") + v.name;
   }
   return all;
 }
 
+struct Operation {
+  const char* name;
+  std::string (*variants)(int64_t flags);
+};
+
+// Every operation, a line each.
+const Operation kOperations[] = {
+    {"bitplane_conv2d", names<taut::kBitplaneVariants>},
+    {"bitplane_matmul", names<taut::kBitplaneVariants>},
+    {"bitplane_real", names<taut::kBitplaneRealVariants>},
+    {"gru_cell", names<taut::kGruVariants>},
+    {"lookup_matmul", names<taut::kLookupVariants>},
+    {"lstm_cell", names<taut::kLstmVariants>},
+};
+
+std::string operations() {
+  std::string all;
+  for (const auto& op : kOperations) all += std::string(all.empty() ? "" : " ") + op.name;
+  return all;
+}
+
 // The variants of an operation that processors with these flags can run, the chosen one first.
 std::string variants(std::string op, int64_t flags) {
-  if (op == "bitplane_matmul" || op == "bitplane_conv2d") return names(taut::kBitplaneVariants, flags);
-  if (op == "bitplane_real") return names(taut::kBitplaneRealVariants, flags);
-  if (op == "gru_cell") return names(taut::kGruVariants, flags);
-  if (op == "lstm_cell") return names(taut::kLstmVariants, flags);
-  if (op == "lookup_matmul") return names(taut::kLookupVariants, flags);
-  STD_TORCH_CHECK(false, "no operation is called ", op);
+  for (const auto& each : kOperations) {
+    if (op == each.name) return each.variants(flags);
+  }
+  STD_TORCH_CHECK(false, "no operation is called ", op, "; there are ", operations());
+}
+
+// What compiled this library, and the PyTorch whose headers it read.
+std::string build() {
+#if defined(__clang__)
+  return "clang " __clang_version__ ", PyTorch " TORCH_VERSION;
+#else
+  return "g++ " __VERSION__ ", PyTorch " TORCH_VERSION;
+#endif
 }
 
 int64_t machine_flags() { return taut::machine_flags(); }
@@ -261,7 +290,9 @@ STABLE_TORCH_LIBRARY(taut, m) {
   m.def("gru_cell(Tensor i, Tensor h, Tensor state) -> Tensor");
   m.def("lstm_cell(Tensor i, Tensor h, Tensor cell) -> Tensor");
   m.def("lookup_matmul(Tensor x, Tensor codes, Tensor table, int bits, int group) -> Tensor");
+  m.def("operations() -> str");
   m.def("variants(str op, int flags) -> str");
+  m.def("build() -> str");
   m.def("machine_flags() -> int");
   m.def("restrict_flags(int allowed) -> ()");
 }
@@ -276,7 +307,9 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {
+  m.impl("operations", TORCH_BOX(&operations));
   m.impl("variants", TORCH_BOX(&variants));
+  m.impl("build", TORCH_BOX(&build));
   m.impl("machine_flags", TORCH_BOX(&machine_flags));
   m.impl("restrict_flags", TORCH_BOX(&restrict_flags));
 }
