@@ -162,7 +162,7 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
     out = weights.shape[0]
     if levels is None:
         if not native.runs(x, weights.bits):
-            return reference.bitplane_matmul(x, weights.dense().to(x.dtype))
+            return reference.bitplane_real(x, weights.dense().to(x.dtype))
         y: Tensor = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
         return y.reshape(*x.shape[:-1], out).to(x.dtype)
     if not _counts(x, weights, levels):

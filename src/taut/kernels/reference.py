@@ -39,6 +39,11 @@ def bitplane_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def bitplane_real(x: Tensor, weight: Tensor) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · W[o, i] of weights that were decoded from their bits."""
+    return F.linear(x, weight)
+
+
 def bitplane_conv2d(
     x: Tensor,
     weight: Tensor,

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int kPanels = 1;
+constexpr int kDirectRows = 4;
 constexpr int kTileBatch = 6;
 
 inline __m256i first_lanes(int64_t n) {
@@ -217,7 +218,7 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
   }
 }
 
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) half[i] = _mm256_add_ps(v[i].lo, v[i].hi);
   const __m256 pair =

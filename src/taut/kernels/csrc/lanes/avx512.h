@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kPanels = 2;
+constexpr int kDirectRows = 8;
 constexpr int kTileBatch = 12;
 
 inline __mmask16 first_lanes(int64_t n) {
@@ -167,7 +168,7 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
   }
 }
 
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) {
     half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i].v), _mm512_extractf32x8_ps(v[i].v, 1));

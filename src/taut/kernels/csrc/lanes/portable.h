@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kPanels = 1;     // F16 registers across the outputs of a tile (decode/matmul.h)
+constexpr int kDirectRows = 4;  // rows at a time for one sample
 constexpr int kTileBatch = 4;  // samples of a tile
 
 struct F16 {
@@ -160,7 +161,7 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
 }
 
 // The sums of four vectors.
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = v[i].sum();
 }
 
