@@ -31,3 +31,48 @@ def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int
     flat = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     flat[positions.long()] = values
     return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))
+
+
+def rows_weight(
+    starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    width: int,
+    scale: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
+    """W [out, width] float of compressed rows: W[o, columns[j]] = the sum of such values of row o.
+
+    values: floats; int8 with a scale for each row; or uint8 indices into a table.
+    """
+    row = row_of_each(starts, len(columns))
+    if table is not None:
+        values = table[values.long()]
+    elif scale is not None:
+        values = values * scale[row]
+    flat = values.new_zeros((len(starts) - 1) * width, dtype=torch.float32)
+    at = row * width + columns.long()
+    return flat.index_put((at,), values.float(), accumulate=True).reshape(-1, width)
+
+
+def blocks_weight(
+    starts: Tensor, columns: Tensor, values: Tensor, out: int, width: int
+) -> Tensor:
+    """W [out, width] float: block j holds R rows of column columns[j], from R · its block row on."""
+    rows = values.shape[1]
+    flat = values.new_zeros((len(starts) - 1) * width, rows, dtype=torch.float32)
+    at = row_of_each(starts, len(columns)) * width + columns.long()
+    flat = flat.index_put((at,), values.float(), accumulate=True)
+    return flat.reshape(-1, width, rows).transpose(1, 2).reshape(-1, width)[:out]
+
+
+def bitmap_weight(mask: Tensor, values: Tensor) -> Tensor:
+    """W float: the values, in order, where the mask is set; zeros elsewhere."""
+    weight = values.new_zeros(mask.shape, dtype=torch.float32)
+    return weight.masked_scatter(mask, values.float())
+
+
+def row_of_each(starts: Tensor, count: int) -> Tensor:
+    """The row of each stored value: [count] int64."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff().long(), output_size=count)

@@ -6,8 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "bitmap/bitmap.h"
+#include "blocks/blocks.h"
 #include "cpu.h"
 #include "lookup/lookup.h"
 #include "sparse/sparse.h"
@@ -170,8 +174,8 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& starts, const Tensor& column
     STD_TORCH_CHECK(k.out_size[i] > 0, op, ": the kernel is larger than the padded image ",
                     shape_of(x));
     STD_TORCH_CHECK(!__builtin_mul_overflow(reads, k.size[i] + 2 * padding[i], &reads) &&
-                        reads < int64_t(1) << 31,
-                    op, ": a padded sample has more than 2**31 values");
+                        reads < int64_t(1) << 28,
+                    op, ": a padded sample has more than 2**28 values");
   }
   STD_TORCH_CHECK(groups > 0 && k.channels % groups == 0, op, ": ", k.channels,
                   " channels do not split into ", groups, " groups");
@@ -183,6 +187,57 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& starts, const Tensor& column
       torch::stable::new_empty(x, {k.batch, k.rows.out, k.out_size[0], k.out_size[1]});
   k.y = static_cast<float*>(y.mutable_data_ptr());
   taut::choose(taut::kSparseConvVariants, taut::cpu_flags()).run(k, on_torch);
+  return y;
+}
+
+// Values that may be float32 or float16: their data, and whether they are the latter.
+const void* floats_or_halves(const Tensor& values, const char* op, int64_t dim, bool& half) {
+  half = values.scalar_type() == ScalarType::Half;
+  return data<void>(values, op, "values", half ? ScalarType::Half : ScalarType::Float, dim);
+}
+
+Tensor block_matmul(const Tensor& x, const Tensor& starts, const Tensor& columns,
+                    const Tensor& values, int64_t out) {
+  constexpr auto op = "block_matmul";
+  taut::BlockMatmul k{};
+  k.x = data<float>(x, op, "x", ScalarType::Float, 2);
+  k.starts = data<int32_t>(starts, op, "starts", ScalarType::Int, 1);
+  k.columns = data<uint16_t>(columns, op, "columns", ScalarType::UInt16, 1);
+  k.values = floats_or_halves(values, op, 2, k.half);
+  k.batch = x.size(0), k.in = x.size(1), k.out = out;
+  k.count = values.size(0), k.rows = values.size(1);
+  STD_TORCH_CHECK(k.rows == 4 || k.rows == 16, op, ": blocks must have 4 or 16 rows, got ",
+                  k.rows);
+  STD_TORCH_CHECK(columns.size(0) == k.count, op, ": there must be as many columns as blocks, ",
+                  k.count, ", got ", columns.size(0));
+  STD_TORCH_CHECK(k.in > 0 || k.count == 0, op, ": x has no columns, but weights have");
+  STD_TORCH_CHECK(out >= 0 && starts.size(0) == (out + k.rows - 1) / k.rows + 1, op, ": ", out,
+                  " outputs in blocks of ", k.rows, " take ", (out + k.rows - 1) / k.rows + 1,
+                  " starts, got ", starts.size(0));
+  check_starts(k.starts, starts.size(0) - 1, k.count, op);
+  Tensor y = torch::stable::new_empty(x, {k.batch, k.out});
+  k.y = static_cast<float*>(y.mutable_data_ptr());
+  taut::choose(taut::kBlockMatmulVariants, taut::cpu_flags()).run(k, on_torch);
+  return y;
+}
+
+Tensor bitmap_matmul(const Tensor& x, const Tensor& masks, const Tensor& starts,
+                     const Tensor& values) {
+  constexpr auto op = "bitmap_matmul";
+  taut::BitmapMatmul k{};
+  k.x = data<float>(x, op, "x", ScalarType::Float, 2);
+  k.masks = data<uint16_t>(masks, op, "masks", ScalarType::UInt16, 2);
+  k.starts = data<int32_t>(starts, op, "starts", ScalarType::Int, 2);
+  k.values = floats_or_halves(values, op, 1, k.half);
+  k.batch = x.size(0), k.in = x.size(1), k.out = masks.size(0), k.count = values.size(0);
+  STD_TORCH_CHECK(masks.size(1) == (k.in + 15) / 16, op, ": ", k.in, " columns take ",
+                  (k.in + 15) / 16, " masks, got ", shape_of(masks));
+  STD_TORCH_CHECK(starts.size(0) == k.out && starts.size(1) == (k.in + 127) / 128, op,
+                  ": starts must be [", k.out, ", ", (k.in + 127) / 128, "], got ",
+                  shape_of(starts));
+  Tensor y = torch::stable::new_empty(x, {k.batch, k.out});
+  k.y = static_cast<float*>(y.mutable_data_ptr());
+  taut::choose(taut::kBitmapMatmulVariants, taut::cpu_flags()).run(k, on_torch);
   return y;
 }
 
@@ -202,6 +257,8 @@ std::string variants(std::string op, int64_t flags) {
   if (op == "lookup_matmul") return names(taut::kLookupVariants, flags);
   if (op == "sparse_matmul") return names(taut::kSparseMatmulVariants, flags);
   if (op == "sparse_conv2d") return names(taut::kSparseConvVariants, flags);
+  if (op == "block_matmul") return names(taut::kBlockMatmulVariants, flags);
+  if (op == "bitmap_matmul") return names(taut::kBitmapMatmulVariants, flags);
   STD_TORCH_CHECK(false, "no operation is called ", op);
 }
 
@@ -220,6 +277,9 @@ STABLE_TORCH_LIBRARY(taut, m) {
       "sparse_conv2d(Tensor x, Tensor starts, Tensor columns, Tensor values, Tensor? scale, "
       "Tensor? table, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups) "
       "-> Tensor");
+  m.def(
+      "block_matmul(Tensor x, Tensor starts, Tensor columns, Tensor values, int out) -> Tensor");
+  m.def("bitmap_matmul(Tensor x, Tensor masks, Tensor starts, Tensor values) -> Tensor");
   m.def("variants(str op, int flags) -> str");
   m.def("machine_flags() -> int");
   m.def("restrict_flags(int allowed) -> ()");
@@ -229,6 +289,8 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("lookup_matmul", TORCH_BOX(&lookup_matmul));
   m.impl("sparse_matmul", TORCH_BOX(&sparse_matmul));
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+  m.impl("block_matmul", TORCH_BOX(&block_matmul));
+  m.impl("bitmap_matmul", TORCH_BOX(&bitmap_matmul));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {

@@ -249,4 +249,9 @@ inline void fold(F16 a, float (&out)[4]) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+inline bool any(I16 a) {
+  const __m256i both = _mm256_or_si256(a.lo, a.hi);
+  return !_mm256_testz_si256(both, both);
+}
+
 }  // namespace

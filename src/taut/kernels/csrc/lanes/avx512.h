@@ -180,4 +180,6 @@ inline void fold(F16 a, float (&out)[4]) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+inline bool any(I16 a) { return _mm512_test_epi32_mask(a.v, a.v) != 0; }
+
 }  // namespace

@@ -180,4 +180,11 @@ inline void fold(F16 a, float (&out)[4]) {
   for (int i = 0; i < 4; ++i) out[i] = (a.v[i] + a.v[8 + i]) + (a.v[4 + i] + a.v[12 + i]);
 }
 
+// Whether any bit is set.
+inline bool any(I16 a) {
+  uint32_t all = 0;
+  for (int i = 0; i < 16; ++i) all |= a.v[i];
+  return all != 0;
+}
+
 }  // namespace

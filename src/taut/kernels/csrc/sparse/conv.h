@@ -105,7 +105,6 @@ inline void sparse_conv2d(const taut::SparseConv& op, const taut::Parallel& para
   const ConvPlan p = plan_conv(op);
   auto* place = static_cast<uint32_t*>(taut::scratch<2>(size_t(rows.in + 1) * 4));
   find_places(op, p, place);
-  const Places places{place, 0};
   // Strips read up to 63 floats behind the last plane.
   const size_t floats = size_t(p.images * p.image + 64);
   auto* padded = static_cast<float*>(taut::scratch<1>(floats * 4));
@@ -137,7 +136,7 @@ inline void sparse_conv2d(const taut::SparseConv& op, const taut::Parallel& para
             const float* base =
                 padded + image * p.image + group * (op.channels / op.groups) * planes + first;
             with_strips((count + 15) / 16, [&](auto strips) {
-              sum_row<strips>(rows, places, o, base, sums);
+              sum_row<strips>(rows, place, o, base, sums);
             });
             float* y = op.y + ((n + image) * rows.out + o) * out_plane + top * op.out_size[1];
             write_pixels(sums, first, count, p.width, op.out_size[1], y);

@@ -40,13 +40,12 @@ inline void sparse_matmul(const taut::SparseMatmul& op, const taut::Parallel& pa
   each_panel(op.x, op.batch, rows.in, parallel,
              [&](auto strips, const float* panel, int64_t n, int64_t samples) {
     constexpr int kWidth = 16 * strips;
-    const Places places{nullptr, kWidth};
     parallel((rows.out + 15) / 16, 1 + 1024 / each / strips, [&](int64_t begin, int64_t end) {
       alignas(64) float tile[16 * kWidth] = {};
       for (int64_t o = 16 * begin; o < 16 * end && o < rows.out; o += 16) {
         const int64_t valid = rows.out - o < 16 ? rows.out - o : 16;
         for (int64_t r = 0; r < valid; ++r) {
-          sum_row<strips>(rows, places, o + r, panel, tile + r * kWidth);
+          sum_row<strips>(rows, nullptr, o + r, panel, tile + r * kWidth);
         }
         write_tile(tile, valid, samples, strips, op.y + n * rows.out + o, rows.out);
       }

@@ -68,12 +68,6 @@ auto read_sixteen(const Read& read, const void* array, int64_t j, int64_t count)
   return read(aside);
 }
 
-// Where the samples of a column stand: `offset` gives it, or else each column has `step` floats.
-struct Places {
-  const uint32_t* offset;
-  uint32_t step;
-};
-
 constexpr int64_t kTerms = 64;  // read at once; a sum is also started anew after as many
 
 // Values of the terms j … j + n - 1, in `room` (a multiple of sixteen) unless they are floats.
@@ -87,63 +81,85 @@ inline const float* read_values(const taut::SparseRows& rows, int64_t j, int64_t
   return room;
 }
 
-// Places of the terms j … j + n - 1; filled up to a multiple of sixteen.
-inline void read_places(const taut::SparseRows& rows, const Places& places, int64_t j, int64_t n,
-                        uint32_t* place) {
+// Columns of the terms j … j + n - 1, limited to those that exist: in `room` (a multiple of
+// sixteen) unless they are 16 bits wide and good as they stand.
+inline const uint16_t* good_columns(const taut::SparseRows& rows, int64_t j, int64_t n,
+                                    uint32_t* room) {
   const I16 last = I16::all(uint32_t(rows.in - 1));
+  I16 beyond = I16::all(0);
   for (int64_t i = 0; i < n; i += 16) {
-    const I16 column =
-        minimum(rows.wide ? read_sixteen(WideColumns{}, rows.columns, j + i, rows.count)
-                          : read_sixteen(ShortColumns{}, rows.columns, j + i, rows.count),
-                last);
-    if (places.offset == nullptr) {
-      (column * I16::all(places.step)).store(place + i);
-    } else {
-      column.store(place + i);
-      for (int64_t t = i; t < i + 16; ++t) place[t] = places.offset[place[t]];
+    const I16 column = rows.wide ? read_sixteen(WideColumns{}, rows.columns, j + i, rows.count)
+                                 : read_sixteen(ShortColumns{}, rows.columns, j + i, rows.count);
+    const I16 good = minimum(column, last);
+    beyond = beyond | (good ^ column);
+    good.store(room + i);
+  }
+  if (rows.wide || any(beyond)) return nullptr;
+  return static_cast<const uint16_t*>(rows.columns) + j;
+}
+
+// sum[…] += Σ value[t] · base[place(t) + …] for t < n. Strips are read downward, lest caches fetch
+// what follows the last one too.
+template <int Sums, int Strips, class Place>
+void add_terms(const float* value, const Place& place, int64_t n, const float* base,
+               F16 (&total)[Strips]) {
+  F16 sum[Sums][Strips];
+  for (auto& part : sum) {
+    for (auto& s : part) s = F16::zero();
+  }
+  int64_t t = 0;
+  for (; t + Sums <= n; t += Sums) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Sums; ++i) {
+      const F16 v = F16::all(value[t + i]);
+      const float* x = base + place(t + i);
+#pragma GCC unroll 4
+      for (int s = Strips - 1; s >= 0; --s) {
+        sum[i][s] = multiply_add(v, F16::load(x + 16 * s), sum[i][s]);
+      }
     }
+  }
+  for (; t < n; ++t) {
+    const F16 v = F16::all(value[t]);
+    const float* x = base + place(t);
+    for (int s = Strips - 1; s >= 0; --s) {
+      sum[0][s] = multiply_add(v, F16::load(x + 16 * s), sum[0][s]);
+    }
+  }
+  for (int s = 0; s < Strips; ++s) {
+    for (int i = 1; i < Sums; ++i) sum[0][s] = sum[0][s] + sum[i][s];
+    total[s] = total[s] + sum[0][s];
   }
 }
 
-// to[…] = Σ over row o of value · base[place + …], for 16 · Strips samples.
+// to[…] = Σ over row o of value · base[place + …], for 16 · Strips samples. The place of a column
+// is offset[column], or column · 16 · Strips without such a table.
 template <int Strips>
-void sum_row(const taut::SparseRows& rows, const Places& places, int64_t o, const float* base,
+void sum_row(const taut::SparseRows& rows, const uint32_t* offset, int64_t o, const float* base,
              float* to) {
   // As many sums as there are registers for: their latencies overlap.
   constexpr int kSums = 4 * kPanels / Strips > 0 ? 4 * kPanels / Strips : 1;
   F16 total[Strips];
   for (auto& t : total) t = F16::zero();
-  float room[kTerms];
-  uint32_t place[kTerms];
+  float value_room[kTerms];
+  uint32_t column_room[kTerms];
   for (int64_t j = rows.starts[o], end = rows.starts[o + 1]; j < end; j += kTerms) {
     const int64_t n = end - j < kTerms ? end - j : kTerms;
-    const float* value = read_values(rows, j, n, room);
-    read_places(rows, places, j, n, place);
-    F16 sum[kSums][Strips];
-    for (auto& part : sum) {
-      for (auto& s : part) s = F16::zero();
-    }
-    int64_t t = 0;
-    for (; t + kSums <= n; t += kSums) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kSums; ++i) {
-        const F16 v = F16::all(value[t + i]);
-        const float* x = base + place[t + i];
-#pragma GCC unroll 4
-        for (int s = Strips - 1; s >= 0; --s) {  // downward, lest caches fetch what follows too
-          sum[i][s] = multiply_add(v, F16::load(x + 16 * s), sum[i][s]);
-        }
+    const float* value = read_values(rows, j, n, value_room);
+    const uint16_t* column = good_columns(rows, j, n, column_room);
+    const auto add = [&](const auto* at) {
+      if (offset == nullptr) {
+        const auto place = [at](int64_t t) { return uint64_t(at[t]) * (16 * Strips); };
+        add_terms<kSums>(value, place, n, base, total);
+      } else {
+        const auto place = [at, offset](int64_t t) { return uint64_t(offset[at[t]]); };
+        add_terms<kSums>(value, place, n, base, total);
       }
-    }
-    for (; t < n; ++t) {
-      const F16 v = F16::all(value[t]);
-      for (int s = 0; s < Strips; ++s) {
-        sum[0][s] = multiply_add(v, F16::load(base + place[t] + 16 * s), sum[0][s]);
-      }
-    }
-    for (int s = 0; s < Strips; ++s) {
-      for (int i = 1; i < kSums; ++i) sum[0][s] = sum[0][s] + sum[i][s];
-      total[s] = total[s] + sum[0][s];
+    };
+    if (column != nullptr) {
+      add(column);
+    } else {
+      add(column_room);
     }
   }
   if (rows.kind == taut::Values::kInt8) {
