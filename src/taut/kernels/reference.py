@@ -50,9 +50,8 @@ def rows_weight(
         values = table[values.long()]
     elif scale is not None:
         values = values * scale[row]
-    flat = values.new_zeros((len(starts) - 1) * width, dtype=torch.float32)
-    at = row * width + columns.long()
-    return flat.index_put((at,), values.float(), accumulate=True).reshape(-1, width)
+    weight = values.new_zeros(len(starts) - 1, width, dtype=torch.float32)
+    return weight.index_put((row, columns.long()), values.float(), accumulate=True)
 
 
 def blocks_weight(
@@ -60,10 +59,10 @@ def blocks_weight(
 ) -> Tensor:
     """W [out, width] float: block j holds R rows of column columns[j], from R · its block row on."""
     rows = values.shape[1]
-    flat = values.new_zeros((len(starts) - 1) * width, rows, dtype=torch.float32)
-    at = row_of_each(starts, len(columns)) * width + columns.long()
-    flat = flat.index_put((at,), values.float(), accumulate=True)
-    return flat.reshape(-1, width, rows).transpose(1, 2).reshape(-1, width)[:out]
+    weight = values.new_zeros(len(starts) - 1, width, rows, dtype=torch.float32)
+    at = (row_of_each(starts, len(columns)), columns.long())
+    weight = weight.index_put(at, values.float(), accumulate=True)
+    return weight.transpose(1, 2).flatten(0, 1)[:out]
 
 
 def bitmap_weight(mask: Tensor, values: Tensor) -> Tensor:
