@@ -7,10 +7,10 @@ CSRC := $(shell find src/taut/kernels/csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check
+.PHONY: help setup demo test sanitize lint check
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## install Taut and its tools into .venv
 
@@ -20,12 +20,18 @@ demo: $(STAMP) ## compress a LeNet-5, from training to report
 test: $(STAMP) ## run the tests and the docstrings' examples
 	@$(BIN)/pytest
 
+sanitize: $(STAMP) ## run the kernels' tests in C++ under AddressSanitizer and UBSan
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DTAUT_TEST_KERNELS=ON -DTAUT_SANITIZE=ON >/dev/null
+	@$(BIN)/cmake --build build/sanitize -- --quiet
+	@build/sanitize/test_kernels
+
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-check: lint test ## all that CI checks
+check: lint $(if $(shell command -v $${CXX:-c++}),sanitize) test ## all that CI checks
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("Taut needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v[:2])'

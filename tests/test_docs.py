@@ -10,6 +10,7 @@ import torch
 from conftest import small_net
 
 import taut
+from taut.cli import app
 from taut.goal import is_goal
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,8 @@ def test_the_worked_technique_keeps_the_contract(tmp_path):
 
 def test_the_readmes_commands_parse():
     (shell,) = blocks("README.md", "sh")
+    commands = set(re.findall(r"^taut (\w+)", shell, flags=re.MULTILINE))
+    assert commands == {c.name for c in app.registered_commands}
     quoted = re.findall(r'--(recipe|goal) "(.*?)"', shell)
     assert {kind for kind, _ in quoted} == {"recipe", "goal"}
     for kind, text in quoted:

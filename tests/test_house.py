@@ -30,11 +30,11 @@ FLOORS = (
     {"recoding"},
     {"layers"},
     {"techniques"},
-    {"task", "goal", "recipe"},
+    {"task", "goal", "recipe", "tune"},
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},
-    {"report"},
+    {"report", "doctor"},
     {"cli"},
 )
 """From the ground up. A module imports from the floors below its own, and from nowhere else."""

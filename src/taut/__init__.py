@@ -5,6 +5,7 @@ model + task ──trace──▶ sites, work, what feeds what
    recipe ──apply──▶ the same nn.Module, trainable in compressed form
           ──recover──▶ trained again, distilled from the original
           ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
+          ──tune──▶ each layer packed or dense, whichever is faster here
           ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
 """
 
@@ -18,6 +19,7 @@ from taut.recipe import Recipe
 from taut.recover import Recover, attach_schedules, recover
 from taut.task import Task, load_task
 from taut.trace import trace
+from taut.tune import tune
 from taut.types import Candidate, Measurement
 
 __all__ = [
@@ -42,5 +44,6 @@ __all__ = [
     "recover",
     "techniques",
     "trace",
+    "tune",
     "zoo",
 ]

@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from taut.compress import Result, Watch, compress
+from taut.doctor import Diagnosis, diagnose, remedy
 from taut.errors import TaskError, TautError
 from taut.goal import is_goal
 from taut.measure import measure
@@ -177,6 +179,16 @@ def techniques_command() -> None:
         out.print(table)
 
 
+@app.command("doctor")
+def doctor_command(as_json: AsJson = False) -> None:
+    """Show what Taut found here: processor, kernels and what each runs, PyTorch, engines."""
+    found = diagnose()
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        out.print(_diagnosis(found))
+
+
 # ---- loading and showing --------------------------------------------------------------------
 
 
@@ -286,6 +298,33 @@ def _inspection(summary: FileSummary) -> Table:
                 f"    {name}", f"{part.count:,}", f"{part.bits / 8:,.0f}",
                 f"{part.bits / max(part.count, 1):.3f}", f"{part.huffman_bits / 8:,.0f}",
             )  # fmt: skip
+    return table
+
+
+def _diagnosis(found: Diagnosis) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+
+    def row(label: str, text: object) -> None:
+        table.add_row(label, Text(str(text)))
+
+    versions, here = found.versions, found.machine
+    row("Taut", f"{versions['taut']}, Python {versions['python']}, {here['system']}")
+    row("PyTorch", f"{versions['torch']}, CUDA: {here['cuda'] or 'none'}")
+    row("processor", here["processor"])
+    row("threads", here["threads"])
+    if found.library is None:
+        row("kernels", "not built: plain PyTorch runs instead, slowly (see CONTRIBUTING.md)")
+    else:
+        row("features", ", ".join(found.features) or "none that a kernel asks for")
+        row("kernels", found.library)
+        row("built by", found.build)
+    for op, variant in found.operations.items():
+        row(f"  {op}", variant)
+    for engine, version in found.engines.items():
+        hint = f": {command}" if (command := remedy(engine)) else ""
+        row(engine, version or f"not installed{hint}")
     return table
 
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
-from taut.layers import packed_layers
+from taut.layers import packed_layers, run_dense
 from taut.modules import device_of, tensor_at, to_device
 from taut.task import Task
 from taut.trace import Example, Trace
+from taut.tune import tune
 from taut.types import Latency, Measurement
 
 BATCHES = (1, 64)
@@ -36,23 +37,32 @@ def measure(
 
     trace: of the original network, whose sites the model still has. size_bytes: of the written
     file; without one, the bytes of the model's tensors, each stored once. batches: the batch sizes
-    at which latency is taken; seconds: how long each is timed at least.
+    at which latency is taken; seconds: how long each is timed at least. The score is taken with
+    every packed layer running dense, each latency with the faster way chosen for its batch; the
+    model is left as tuned for the first batch.
     """
     model.eval()
+    run_dense(model, True)
+    score = task.evaluate(model) if score is None else score
     nonzero = {s.name: int(tensor_at(model, s.name).count_nonzero()) for s in trace.sites}
     sites = sum(s.numel for s in trace.sites)
     rest = trace.parameters - sites
     site_macs = sum(s.macs for s in trace.sites)
     used = sum(s.macs * nonzero[s.name] / max(s.numel, 1) for s in trace.sites)
+    latencies, choices = [], []
+    for batch in reversed(batches):
+        choices.append(tune(model, task.example(batch)))
+        latencies.append(latency(model, task.example(batch), batch, seconds))
     return Measurement(
-        score=task.evaluate(model) if score is None else score,
+        score=score,
         size_bytes=tensor_bytes(model) if size_bytes is None else size_bytes,
         parameters=trace.parameters,
         nonzero_parameters=rest + sum(nonzero.values()),
         macs=trace.macs,
         effective_macs=round(trace.macs - site_macs + used),
-        latencies=tuple(latency(model, task.example(b), b, seconds) for b in batches),
+        latencies=tuple(reversed(latencies)),
         peak_memory_bytes=peak_memory(model, task.example(1)),
+        choices=tuple(c for of_batch in reversed(choices) for c in of_batch),
     )
 
 

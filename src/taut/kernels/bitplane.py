@@ -233,20 +233,20 @@ def bitplane_conv2d(
         if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < least:
             raise ValueError(f"{op}: {name} must be two numbers of at least {least}, got {pair!r}")
     if not _counts(op, x, weights, levels):
-        defined = reference.bitplane_conv2d(
+        y = reference.bitplane_conv2d(
             levels.decoded(x), weights.dense(), levels.pad, stride, padding, dilation,
             weights.groups,
         )  # fmt: skip
-        return defined.to(torch.float32 if levels.takes_int8 else x.dtype)
+        return y.to(torch.float32 if levels.takes_int8 else x.dtype)
     values = x if levels.takes_int8 else x.float()
     if values.stride(1) != 1 and values.stride(3) != 1:
         values = values.contiguous()
-    y: Tensor = torch.ops.taut.bitplane_conv2d(
+    counted: Tensor = torch.ops.taut.bitplane_conv2d(
         values, *_arguments(weights, levels), levels.pad - levels.lowest,
         weights.shape[0], weights.groups,
         list(weights.shape[2:]), list(stride), list(padding), list(dilation),
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
+    return counted.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
 
 
 def _check_channels(op: str, channels: int, weights: BitWeights, levels: Levels | None) -> None:

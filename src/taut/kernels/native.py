@@ -21,23 +21,30 @@ FEATURES = ("avx2", "avx512", "avx512_vpopcntdq", "avx512_vnni", "neon")
 _ALL = 2 ** len(FEATURES) - 1
 
 
-def _load() -> bool:
+def _load() -> str | None:
     found = importlib.util.find_spec("taut.kernels.native_ops")
-    if found is None or found.origin is None:
-        warnings.warn(
-            "Taut was installed without its native kernels, so packed layers run slowly, in plain "
-            "PyTorch; to build them, have a C++20 compiler and reinstall by "
-            "`pip install --no-build-isolation --force-reinstall --no-deps taut`",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
-    return True
+    why = "they were not built"
+    if found is not None and found.origin is not None:
+        try:
+            torch.ops.load_library(found.origin)  # type: ignore[no-untyped-call]
+            return found.origin
+        except OSError as error:  # built for another processor, or against another PyTorch
+            why = str(error)
+    warnings.warn(
+        f"Taut runs without its native kernels ({why}), so packed layers run slowly, in plain "
+        "PyTorch; to build them, have a C++20 compiler, `pip install scikit-build-core cmake "
+        "ninja`, and reinstall Taut by `pip install --no-build-isolation --no-cache-dir "
+        "--force-reinstall --no-deps`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
-LOADED = _load()
-"""Whether the compiled kernels are there."""
+LIBRARY = _load()
+"""The file of the compiled kernels, if they are there."""
+
+LOADED = LIBRARY is not None
 
 
 def features() -> tuple[str, ...]:
@@ -53,6 +60,11 @@ def flags_of(names: tuple[str, ...]) -> int:
     return sum(1 << FEATURES.index(n) for n in names)
 
 
+def operations() -> tuple[str, ...]:
+    """The operations that were compiled."""
+    return tuple(torch.ops.taut.operations().split()) if LOADED else ()
+
+
 def variants(op: str, having: tuple[str, ...] | None = None) -> tuple[str, ...]:
     """The variants of an operation that a processor with these features can run, fastest first.
 
@@ -62,6 +74,11 @@ def variants(op: str, having: tuple[str, ...] | None = None) -> tuple[str, ...]:
         return ("reference",)
     known = features() if having is None else having
     return tuple(torch.ops.taut.variants(op, flags_of(known)).split())
+
+
+def build() -> str | None:
+    """What compiled the kernels: compiler, and the PyTorch whose headers it read."""
+    return str(torch.ops.taut.build()) if LOADED else None
 
 
 @contextmanager

@@ -52,3 +52,21 @@ def bitplane_conv2d(
     border = (padding[1], padding[1], padding[0], padding[0])
     padded = F.pad(x, border, value=pad)
     return F.conv2d(padded, weight, None, tuple(stride), 0, tuple(dilation), groups)
+
+
+def lstm_cell(i: Tensor, h: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM from its gates' products with the input (i) and the hidden state (h).
+
+    i, h: [batch, 4 · size], in PyTorch's order of gates; cell: [batch, size]. Gives the new hidden
+    state and cell.
+    """
+    enter, forget, content, leave = (i + h).chunk(4, -1)
+    new = forget.sigmoid() * cell + enter.sigmoid() * content.tanh()
+    return leave.sigmoid() * new.tanh(), new
+
+
+def gru_cell(i: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    """One step of a GRU. i, h (with its bias): [batch, 3 · size]; state: [batch, size]."""
+    (i_r, i_z, i_n), (h_r, h_z, h_n) = i.chunk(3, -1), h.chunk(3, -1)
+    new = (i_n + (i_r + h_r).sigmoid() * h_n).tanh()
+    return new + (i_z + h_z).sigmoid() * (state - new)

@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "bitplane/bitplane.h"
+#include "cells/cells.h"
 #include "cpu.h"
 #include "lookup/lookup.h"
 
@@ -213,23 +215,85 @@ Tensor bitplane_real(const Tensor& x, const Tensor& w, const Tensor& w_scale, in
   return y;
 }
 
+// ---- recurrent cells ----
+
+// [cell's or one part, batch, size]: the hidden state, then an LSTM's cell.
+Tensor recurrent_cell(const char* op, int gates, taut::RecurrentCell run, const Tensor& i,
+                      const Tensor& h, const Tensor& state) {
+  taut::Cell k{};
+  k.i = data<float>(i, op, "i", ScalarType::Float, 2);
+  k.h = data<float>(h, op, "h", ScalarType::Float, 2);
+  k.state = data<float>(state, op, "state", ScalarType::Float, 2);
+  k.batch = state.size(0), k.size = state.size(1);
+  for (const Tensor* t : {&i, &h}) {
+    STD_TORCH_CHECK(t->size(0) == k.batch && t->size(1) == gates * k.size, op,
+                    ": i and h must be [", k.batch, ", ", gates * k.size, "], got ", shape_of(*t));
+  }
+  const int64_t parts = gates == 4 ? 2 : 1;
+  Tensor y = torch::stable::empty({parts, k.batch, k.size}, ScalarType::Float);
+  k.hidden = static_cast<float*>(y.mutable_data_ptr());
+  k.cell = k.hidden + k.batch * k.size;
+  run(k, on_torch);
+  return y;
+}
+
+Tensor lstm_cell(const Tensor& i, const Tensor& h, const Tensor& cell) {
+  const auto& variant = taut::choose(taut::kLstmVariants, taut::cpu_flags());
+  return recurrent_cell("lstm_cell", 4, variant.run, i, h, cell);
+}
+
+Tensor gru_cell(const Tensor& i, const Tensor& h, const Tensor& state) {
+  const auto& variant = taut::choose(taut::kGruVariants, taut::cpu_flags());
+  return recurrent_cell("gru_cell", 3, variant.run, i, h, state);
+}
+
 // ---- what the machine has, for doctor and the tests ----
 
-template <class Function, size_t N>
-std::string names(const taut::Variant<Function> (&variants)[N], int64_t flags) {
+template <const auto& Variants>
+std::string names(int64_t flags) {
   std::string all;
-  for (const auto& v : variants) {
+  for (const auto& v : Variants) {
     if ((v.needs & ~uint32_t(flags)) == 0) all += std::string(all.empty() ? "" : " ") + v.name;
   }
   return all;
 }
 
+struct Operation {
+  const char* name;
+  std::string (*variants)(int64_t flags);
+};
+
+// Every operation, a line each.
+const Operation kOperations[] = {
+    {"bitplane_conv2d", names<taut::kBitplaneVariants>},
+    {"bitplane_matmul", names<taut::kBitplaneVariants>},
+    {"bitplane_real", names<taut::kBitplaneRealVariants>},
+    {"gru_cell", names<taut::kGruVariants>},
+    {"lookup_matmul", names<taut::kLookupVariants>},
+    {"lstm_cell", names<taut::kLstmVariants>},
+};
+
+std::string operations() {
+  std::string all;
+  for (const auto& op : kOperations) all += std::string(all.empty() ? "" : " ") + op.name;
+  return all;
+}
+
 // The variants of an operation that processors with these flags can run, the chosen one first.
 std::string variants(std::string op, int64_t flags) {
-  if (op == "bitplane_matmul" || op == "bitplane_conv2d") return names(taut::kBitplaneVariants, flags);
-  if (op == "bitplane_real") return names(taut::kBitplaneRealVariants, flags);
-  if (op == "lookup_matmul") return names(taut::kLookupVariants, flags);
-  STD_TORCH_CHECK(false, "no operation is called ", op);
+  for (const auto& each : kOperations) {
+    if (op == each.name) return each.variants(flags);
+  }
+  STD_TORCH_CHECK(false, "no operation is called ", op, "; there are ", operations());
+}
+
+// What compiled this library, and the PyTorch whose headers it read.
+std::string build() {
+#if defined(__clang__)
+  return "clang " __clang_version__ ", PyTorch " TORCH_VERSION;
+#else
+  return "g++ " __VERSION__ ", PyTorch " TORCH_VERSION;
+#endif
 }
 
 int64_t machine_flags() { return taut::machine_flags(); }
@@ -247,8 +311,12 @@ STABLE_TORCH_LIBRARY(taut, m) {
       "Tensor thresholds, Tensor pattern, float x_offset, float pad, int out, int groups, "
       "int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("bitplane_real(Tensor x, Tensor w, Tensor w_scale, int out) -> Tensor");
+  m.def("gru_cell(Tensor i, Tensor h, Tensor state) -> Tensor");
+  m.def("lstm_cell(Tensor i, Tensor h, Tensor cell) -> Tensor");
   m.def("lookup_matmul(Tensor x, Tensor codes, Tensor table, int bits, int group) -> Tensor");
+  m.def("operations() -> str");
   m.def("variants(str op, int flags) -> str");
+  m.def("build() -> str");
   m.def("machine_flags() -> int");
   m.def("restrict_flags(int allowed) -> ()");
 }
@@ -257,11 +325,15 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("bitplane_matmul", TORCH_BOX(&bitplane_matmul));
   m.impl("bitplane_conv2d", TORCH_BOX(&bitplane_conv2d));
   m.impl("bitplane_real", TORCH_BOX(&bitplane_real));
+  m.impl("gru_cell", TORCH_BOX(&gru_cell));
+  m.impl("lstm_cell", TORCH_BOX(&lstm_cell));
   m.impl("lookup_matmul", TORCH_BOX(&lookup_matmul));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {
+  m.impl("operations", TORCH_BOX(&operations));
   m.impl("variants", TORCH_BOX(&variants));
+  m.impl("build", TORCH_BOX(&build));
   m.impl("machine_flags", TORCH_BOX(&machine_flags));
   m.impl("restrict_flags", TORCH_BOX(&restrict_flags));
 }

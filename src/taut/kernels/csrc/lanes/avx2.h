@@ -49,6 +49,12 @@ struct F16 {
 inline F16 operator+(F16 a, F16 b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }
+inline F16 operator-(F16 a, F16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F16 operator/(F16 a, F16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 inline F16 operator*(F16 a, F16 b) {
   return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
 }
@@ -118,6 +124,11 @@ inline F16 flip_signs(F16 x, I16 bits) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_xor_ps(x.lo, _mm256_and_ps(_mm256_castsi256_ps(bits.lo), sign)),
           _mm256_xor_ps(x.hi, _mm256_and_ps(_mm256_castsi256_ps(bits.hi), sign))};
+}
+
+inline I16 bits_of(F16 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
+inline F16 floats_of(I16 bits) {
+  return {_mm256_castsi256_ps(bits.lo), _mm256_castsi256_ps(bits.hi)};
 }
 
 inline uint32_t at_least(F16 a, F16 b) {

@@ -46,7 +46,9 @@ struct F16 {
 };
 
 inline F16 operator+(F16 a, F16 b) { return {a.v + b.v}; }
+inline F16 operator-(F16 a, F16 b) { return {a.v - b.v}; }
 inline F16 operator*(F16 a, F16 b) { return {a.v * b.v}; }
+inline F16 operator/(F16 a, F16 b) { return {a.v / b.v}; }
 inline F16 multiply_add(F16 a, F16 b, F16 c) { return {a.v * b.v + c.v}; }  // a · b + c
 
 struct I16 {
@@ -90,11 +92,15 @@ inline I16 high_product(I16 a, I16 b) {  // the high 32 bits of a · b
   return r;
 }
 
+inline I16 bits_of(F16 x) {
+  I16 r;
+  std::memcpy(&r.v, &x.v, 64);
+  return r;
+}
+
 // Flips the sign of the lanes whose top bit is set in `bits`.
 inline F16 flip_signs(F16 x, I16 bits) {
-  I16 raw;
-  std::memcpy(&raw.v, &x.v, 64);
-  raw = raw ^ (bits & I16::all(0x80000000u));
+  const I16 raw = bits_of(x) ^ (bits & I16::all(0x80000000u));
   std::memcpy(&x.v, &raw.v, 64);
   return x;
 }
@@ -104,6 +110,13 @@ inline uint32_t at_least(F16 a, F16 b) {
   uint32_t bits = 0;
   for (int i = 0; i < 16; ++i) bits |= uint32_t(a.v[i] >= b.v[i]) << i;
   return bits;
+}
+
+// Lanes of floats whose bits these are.
+inline F16 floats_of(I16 bits) {
+  F16 r;
+  std::memcpy(&r.v, &bits.v, 64);
+  return r;
 }
 
 // Lane i: yes[i] where bit i is set, else no[i].

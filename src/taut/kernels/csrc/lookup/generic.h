@@ -6,7 +6,8 @@
 
 namespace {
 
-template <int Bits>
+// Grouped: whether tables change along a row.
+template <int Bits, bool Grouped>
 struct IndexDecoder {
   const taut::Lookup& op;
 
@@ -28,9 +29,9 @@ struct IndexDecoder {
     return r;
   }
 
-  // Calls use(s, w) for the strips of a block that hold columns, w their sixteen weights.
   void block(const Row& r, int64_t b, F16 (&w)[kStrips]) const {
-    const auto table = Table<Bits>::load(r.table + (b * kBlock / op.group << Bits));
+    const float* entries = Grouped ? r.table + (b * kBlock / op.group << Bits) : r.table;
+    const auto table = Table<Bits>::load(entries);
     // A block's strips fill two words of 8-bit parts, one of 4, half of one of 2, a quarter of 1.
     I16 eight[2], four, two, one;
     if constexpr (Bits & 8) {
@@ -71,7 +72,11 @@ void lookup_matmul(const taut::Lookup& op, const taut::Parallel& parallel) {
   if constexpr (Bits <= 8) {
     if (op.bits != Bits) return lookup_matmul<Bits + 1>(op, parallel);
     const Product product{op.x, op.y, op.batch, op.in, op.out, op.in, op.out};
-    decoded_matmul(IndexDecoder<Bits>{op}, product, parallel);
+    if (op.group < op.in) {
+      decoded_matmul(IndexDecoder<Bits, true>{op}, product, parallel);
+    } else {
+      decoded_matmul(IndexDecoder<Bits, false>{op}, product, parallel);
+    }
   }
 }
 
