@@ -10,10 +10,9 @@ as they are. csrc/bitplane/bitplane.h holds the same formulas in C++.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,11 +37,25 @@ class Levels:
     offset: float = 0.0
     pad: float = 0.0
     takes_int8: bool = False
+    lowest: float = field(init=False, repr=False)
+    """What bits of which none is set stand for; a number from the start, so that models export."""
 
-    @functools.cached_property
-    def lowest(self) -> float:
-        """What bits of which none is set stand for."""
-        return self.offset - float(self.scale.sum())
+    def __post_init__(self) -> None:
+        levels, planes = len(self.pattern), len(self.scale)
+        if not (1 <= levels <= 16 and 1 <= planes <= 8):
+            raise ValueError(f"Levels: at most 16 levels of 8 planes, got {levels} of {planes}")
+        t = self.thresholds
+        if t.dim() != 2 or len(t) != levels - 1:
+            raise ValueError(
+                f"Levels: thresholds must be [{levels - 1}, 1 or channels], got {list(t.shape)}"
+            )
+        if len(t) > 1 and not bool((t[1:] >= t[:-1]).all()):
+            raise ValueError("Levels: thresholds must rise")
+        dtypes = (t.dtype, self.pattern.dtype, self.scale.dtype)
+        if dtypes != (torch.float32, torch.uint8, torch.float32):
+            raise ValueError(f"Levels: thresholds, pattern and scale have the dtypes {dtypes}")
+        lowest = self.offset - float(self.scale.detach().double().sum())
+        object.__setattr__(self, "lowest", lowest)
 
     @classmethod
     def sign(cls, threshold: Tensor | float = 0.0, pad: float = 0.0) -> Levels:
@@ -54,6 +67,8 @@ class Levels:
     @classmethod
     def uniform(cls, bits: int, step: float, low: float = 0.0, pad: float = 0.0) -> Levels:
         """low + step · n for n in 0 … 2**bits − 1, the nearest (ties go up). bits: 1 to 4."""
+        if not 1 <= bits <= 4:
+            raise ValueError(f"Levels.uniform: bits must lie in 1 … 4, got {bits}")
         count = 2**bits
         return cls(
             thresholds=(low + step * (torch.arange(1, count) - 0.5))[:, None],
@@ -109,14 +124,24 @@ class BitWeights:
     @classmethod
     def pack(cls, bits: Tensor, scale: Tensor, groups: int = 1) -> BitWeights:
         """bits: [out, planes, in / groups, …] bool; scale: [out, planes] float."""
+        if bits.dtype is not torch.bool or bits.dim() < 3:
+            raise ValueError(
+                "BitWeights.pack: bits must be [out, planes, in, …] bool, got "
+                f"{list(bits.shape)} {bits.dtype}"
+            )
         out, planes, channels = bits.shape[:3]
-        if out % groups or not 1 <= planes <= 8:
-            raise ValueError(f"{out} outputs of {planes} planes do not fall into {groups} groups")
+        if not 1 <= planes <= 8:
+            raise ValueError(f"BitWeights.pack: there may be 1 … 8 planes, got {planes}")
+        if scale.shape != (out, planes):
+            raise ValueError(
+                f"BitWeights.pack: scale must be {[out, planes]}, got {list(scale.shape)}"
+            )
+        if groups < 1 or out % groups:
+            raise ValueError(f"BitWeights.pack: {out} outputs do not fall into {groups} groups")
         shape = (out, channels, *bits.shape[3:])
-        each, words = out // groups, -(-channels // 64)
+        each, words, taps = out // groups, -(-channels // 64), math.prod(bits.shape[3:])
         strips = -(-each // 16)
-        flat = bits.reshape(out, planes, channels, -1)
-        taps = flat.shape[-1] if channels else math.prod(bits.shape[3:])
+        flat = bits.reshape(out, planes, channels, taps)
         wide = bits.new_zeros(groups, strips * 16, planes, taps, words * 64, dtype=torch.bool)
         wide[:, :each, :, :, :channels] = flat.reshape(
             groups, each, planes, channels, taps
@@ -142,13 +167,13 @@ class BitWeights:
     def dense(self) -> Tensor:
         """The weight, [*shape] float32."""
         out, channels = self.shape[:2]
-        _, planes, taps, words, _ = self.bits.shape
-        each = out // self.groups
+        strips, planes, taps, words, _ = self.bits.shape
+        each, padded = out // self.groups, strips // self.groups * 16
         rows = self.bits.permute(0, 4, 1, 2, 3)
         octets = rows.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         bits = octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=octets.device) & 1
-        signs = 2.0 * bits.reshape(self.groups, -1, planes, taps, words * 64) - 1
-        scale = self.scale.reshape(planes, self.groups, -1).permute(1, 2, 0)[:, :each]
+        signs = 2.0 * bits.reshape(self.groups, padded, planes, taps, words * 64) - 1
+        scale = self.scale.reshape(planes, self.groups, padded).permute(1, 2, 0)[:, :each]
         weight = (signs[:, :each, :, :, :channels] * scale[..., None, None]).sum(2)
         return weight.transpose(2, 3).reshape(self.shape)
 
@@ -158,14 +183,23 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
 
     levels: how activations become bits; None leaves them the floats they are.
     """
+    op = "bitplane_matmul"
+    if x.dim() < 1 or len(weights.shape) != 2 or weights.groups != 1:
+        raise ValueError(
+            f"{op}: x {list(x.shape)} and a weight {list(weights.shape)} in {weights.groups} "
+            "groups are not those of a linear layer"
+        )
+    _check_channels(op, x.shape[-1], weights, levels)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
     out = weights.shape[0]
     if levels is None:
-        if not native.runs(x, weights.bits):
+        if not x.is_floating_point():
+            raise ValueError(f"{op}: without levels x must hold floats, not {x.dtype}")
+        if not native.runs(x, weights.bits, weights.scale):
             return reference.bitplane_real(x, weights.dense().to(x.dtype))
         y: Tensor = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
         return y.reshape(*x.shape[:-1], out).to(x.dtype)
-    if not _counts(x, weights, levels):
+    if not _counts(op, x, weights, levels):
         y = reference.bitplane_matmul(levels.decoded(flat), weights.dense())
     else:
         y = torch.ops.taut.bitplane_matmul(
@@ -187,9 +221,18 @@ def bitplane_conv2d(
     The border counts as `levels.pad`: 0 by default, as PyTorch pads after a sign; ±1 pads with a
     bit, as some binary networks are trained.
     """
-    if x.dim() != 4:
-        raise ValueError(f"bitplane_conv2d: x must be [n, in, height, width], got {list(x.shape)}")
-    if not _counts(x, weights, levels):
+    op = "bitplane_conv2d"
+    if x.dim() != 4 or len(weights.shape) != 4:
+        raise ValueError(
+            f"{op}: x must be [n, in, height, width] and the weight have 4 dimensions, got "
+            f"{list(x.shape)} and {list(weights.shape)}"
+        )
+    _check_channels(op, x.shape[1], weights, levels)
+    for name, pair in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        least = 0 if name == "padding" else 1
+        if not isinstance(pair, Sequence) or len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{op}: {name} must be two numbers of at least {least}, got {pair!r}")
+    if not _counts(op, x, weights, levels):
         y = reference.bitplane_conv2d(
             levels.decoded(x), weights.dense(), levels.pad, stride, padding, dilation,
             weights.groups,
@@ -206,15 +249,24 @@ def bitplane_conv2d(
     return counted.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
 
 
-def _counts(x: Tensor, weights: BitWeights, levels: Levels) -> bool:
-    """Whether bits are counted natively; the definition differentiates and knows every device."""
-    if levels.takes_int8 != (x.dtype is torch.int8):
+def _check_channels(op: str, channels: int, weights: BitWeights, levels: Levels | None) -> None:
+    wanted = weights.shape[1] * weights.groups
+    if channels != wanted:
+        raise ValueError(f"{op}: x has {channels} channels, and the weight takes {wanted}")
+    if levels is not None and levels.thresholds.shape[1] not in (1, channels):
         raise ValueError(
-            f"these levels take {'int8' if levels.takes_int8 else 'floats'}, not {x.dtype}"
+            f"{op}: the levels have thresholds for {levels.thresholds.shape[1]} channels, and x "
+            f"has {channels}"
         )
-    if levels.takes_int8:
-        return native.LOADED and x.device.type == "cpu"
-    return native.runs(x, weights.bits)
+
+
+def _counts(op: str, x: Tensor, weights: BitWeights, levels: Levels) -> bool:
+    """Whether bits are counted natively; the definition differentiates and knows every device."""
+    if (x.dtype is not torch.int8) if levels.takes_int8 else (not x.is_floating_point()):
+        wanted = "int8" if levels.takes_int8 else "floats"
+        raise ValueError(f"{op}: these levels take {wanted}, not {x.dtype}")
+    first = weights.scale if levels.takes_int8 else x
+    return native.runs(first, x, weights.bits, weights.scale, levels.scale, levels.thresholds)
 
 
 def _arguments(w: BitWeights, levels: Levels) -> tuple[Tensor | float, ...]:

@@ -77,33 +77,47 @@ Tensor lookup_matmul(const Tensor& x, const Tensor& codes, const Tensor& table, 
 
 // ---- bitplane_matmul ----
 
+constexpr int64_t kMaxProducts = 1 << 24;  // of one sum: counts are floats in the end
+constexpr int64_t kMaxOutputs = 1 << 30;   // beyond all weights, and sizes do not overflow
+
+int planes_of(const char* op, const Tensor& w) {
+  STD_TORCH_CHECK(1 <= w.size(1) && w.size(1) <= taut::kMaxPlanes, op,
+                  ": w may have 1 … 8 planes, got ", w.size(1));
+  return int(w.size(1));
+}
+
 // The arguments that linear layers and convolutions share; w says how many planes, taps and words.
 taut::Bitplanes bitplanes(const char* op, const Tensor& x, const Tensor& w, const Tensor& w_scale,
                           const Tensor& w_sums, const Tensor& x_scale, const Tensor& thresholds,
                           const Tensor& pattern, double x_offset, int64_t out, int64_t groups,
                           int64_t channels, int64_t taps) {
-  STD_TORCH_CHECK(groups > 0 && channels % groups == 0 && out % groups == 0, op, ": ", channels,
-                  " channels and ", out, " outputs do not fall into ", groups, " groups");
+  STD_TORCH_CHECK(0 <= out && out <= kMaxOutputs, op, ": out must lie in 0 … 2**30, got ", out);
+  STD_TORCH_CHECK(0 < groups && groups <= kMaxOutputs && channels % groups == 0 &&
+                      out % groups == 0,
+                  op, ": ", channels, " channels and ", out, " outputs do not fall into ", groups,
+                  " groups");
+  STD_TORCH_CHECK(taps <= kMaxProducts && channels / groups <= kMaxProducts / taps, op,
+                  ": sums of at most 2**24 products are exact, got ", taps, " × ",
+                  channels / groups);
   const int64_t padded = groups * ((out / groups + 15) / 16 * 16);
   taut::Bitplanes k{};
   k.w = data<uint64_t>(w, op, "w", ScalarType::Long, 5);
-  k.w_planes = int(w.size(1)), k.out = out, k.groups = groups, k.x_offset = float(x_offset);
-  STD_TORCH_CHECK(w.size(0) == padded / 16 && 1 <= k.w_planes && k.w_planes <= taut::kMaxPlanes &&
-                      w.size(2) == taps && w.size(3) == (channels / groups + 63) / 64 &&
-                      w.size(4) == 16,
+  k.w_planes = planes_of(op, w), k.out = out, k.groups = groups, k.x_offset = float(x_offset);
+  STD_TORCH_CHECK(w.size(0) == padded / 16 && w.size(2) == taps &&
+                      w.size(3) == (channels / groups + 63) / 64 && w.size(4) == 16,
                   op, ": w must be [", padded / 16, ", planes, ", taps, ", ",
                   (channels / groups + 63) / 64, ", 16], got ", shape_of(w));
   k.w_scale = data<float>(w_scale, op, "w_scale", ScalarType::Float, 2);
   STD_TORCH_CHECK(w_scale.size(0) == k.w_planes && w_scale.size(1) == padded, op,
                   ": w_scale must be [", k.w_planes, ", ", padded, "], got ", shape_of(w_scale));
   k.tap_sums = data<float>(w_sums, op, "w_sums", ScalarType::Float, 2);
-  k.w_sums = k.tap_sums + taps * padded;
   STD_TORCH_CHECK(w_sums.size(0) == taps + 1 && w_sums.size(1) == padded, op, ": w_sums must be [",
                   taps + 1, ", ", padded, "], got ", shape_of(w_sums));
+  k.w_sums = k.tap_sums + taps * padded;
   k.x_scale = data<float>(x_scale, op, "x_scale", ScalarType::Float, 1);
+  STD_TORCH_CHECK(1 <= x_scale.size(0) && x_scale.size(0) <= taut::kMaxPlanes, op,
+                  ": x may have 1 … 8 planes, got ", x_scale.size(0));
   k.levels.planes = int(x_scale.size(0));
-  STD_TORCH_CHECK(1 <= k.levels.planes && k.levels.planes <= taut::kMaxPlanes, op,
-                  ": x may have 1 … 8 planes, got ", k.levels.planes);
   if (x.scalar_type() == ScalarType::Char) {
     STD_TORCH_CHECK(k.levels.planes == 8, op, ": int8 has 8 planes, got ", k.levels.planes);
     k.x8 = static_cast<const int8_t*>(x.data_ptr());
@@ -113,10 +127,11 @@ taut::Bitplanes bitplanes(const char* op, const Tensor& x, const Tensor& w, cons
   }
   k.levels.thresholds = data<float>(thresholds, op, "thresholds", ScalarType::Float, 2);
   k.levels.pattern = data<uint8_t>(pattern, op, "pattern", ScalarType::Byte, 1);
+  STD_TORCH_CHECK(1 <= pattern.size(0) && pattern.size(0) <= taut::kMaxLevels, op,
+                  ": x may have 1 … 16 levels, got ", pattern.size(0));
   k.levels.count = int(pattern.size(0));
   k.levels.per_channel = thresholds.size(1) != 1;
-  STD_TORCH_CHECK(1 <= k.levels.count && k.levels.count <= taut::kMaxLevels &&
-                      thresholds.size(0) == k.levels.count - 1 &&
+  STD_TORCH_CHECK(thresholds.size(0) == k.levels.count - 1 &&
                       (thresholds.size(1) == 1 || thresholds.size(1) == channels),
                   op, ": ", k.levels.count, " levels have thresholds [", k.levels.count - 1,
                   ", 1 or ", channels, "], got ", shape_of(thresholds));
@@ -166,6 +181,13 @@ Tensor bitplane_conv2d(const Tensor& x, const Tensor& w, const Tensor& w_scale,
   k.kernel_h = kernel[0], k.kernel_w = kernel[1], k.stride_h = stride[0], k.stride_w = stride[1];
   k.pad_h = padding[0], k.pad_w = padding[1];
   k.dilation_h = dilation[0], k.dilation_w = dilation[1], k.pad = float(pad);
+  // Bytes of all bits, in floating point, where nothing overflows; no size counts as none.
+  double bytes = 8.0 * groups * k.levels.planes * std::max<int64_t>(w.size(3), 1);
+  bytes *= double(std::max<int64_t>(k.image.count, 1)) *
+           std::max(double(k.image.height) + 2 * k.pad_h, 1.0) *
+           std::max(double(k.image.width) + 2 * k.pad_w, 1.0);
+  STD_TORCH_CHECK(bytes < 0x1p45, op, ": the padded image is too large: x is ", shape_of(x),
+                  ", padded by ", k.pad_h, " × ", k.pad_w);
   const int64_t room_h = k.image.height + 2 * k.pad_h - k.dilation_h * (k.kernel_h - 1) - 1;
   const int64_t room_w = k.image.width + 2 * k.pad_w - k.dilation_w * (k.kernel_w - 1) - 1;
   STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": the kernel is larger than the padded image");
@@ -178,11 +200,12 @@ Tensor bitplane_conv2d(const Tensor& x, const Tensor& w, const Tensor& w_scale,
 
 Tensor bitplane_real(const Tensor& x, const Tensor& w, const Tensor& w_scale, int64_t out) {
   constexpr auto op = "bitplane_real";
+  STD_TORCH_CHECK(0 <= out && out <= kMaxOutputs, op, ": out must lie in 0 … 2**30, got ", out);
   taut::BitWeights k{};
   k.x = data<float>(x, op, "x", ScalarType::Float, 2);
   k.w = data<uint64_t>(w, op, "w", ScalarType::Long, 5);
   k.w_scale = data<float>(w_scale, op, "w_scale", ScalarType::Float, 2);
-  k.batch = x.size(0), k.in = x.size(1), k.out = out, k.planes = int(w.size(1));
+  k.batch = x.size(0), k.in = x.size(1), k.out = out, k.planes = planes_of(op, w);
   const int64_t strips = (out + 15) / 16;
   STD_TORCH_CHECK(w.size(0) == strips && w.size(2) == 1 && w.size(3) == (k.in + 63) / 64 &&
                       w.size(4) == 16,

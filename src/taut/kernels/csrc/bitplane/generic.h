@@ -156,7 +156,7 @@ void some_pixels(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x
   }
 }
 
-inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& parallel) {
+inline void some_images(const taut::Bitplanes& op, const taut::Parallel& parallel) {
   const int64_t channels = op.image.channels / op.groups;
   Geometry g{};
   g.words = (channels + 63) / 64;
@@ -205,6 +205,26 @@ inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& par
       if (pixel >= g.pixels) pixel = 0, ++outputs, place = Place(op, 0);
     }
   });
+}
+
+// A few images at a time: their bits stay in the cache, and what is kept for them stays small even
+// where few channels leave most bits of a word unused.
+inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& parallel) {
+  if (op.out == 0 || op.image.count * op.out_h * op.out_w == 0) return;
+  constexpr int64_t kWords = 1 << 21;
+  const taut::Image& m = op.image;
+  const int64_t words = (m.channels / op.groups + 63) / 64;
+  const int64_t image = (m.height + 2 * op.pad_h) * (m.width + 2 * op.pad_w) * op.groups *
+                        op.levels.planes * words;
+  const int64_t step = 1 + kWords / (image + 1);
+  for (int64_t n = 0; n < m.count; n += step) {
+    taut::Bitplanes some = op;
+    some.image.count = m.count - n < step ? m.count - n : step;
+    if (op.x != nullptr) some.x += n * m.stride_n;
+    if (op.x8 != nullptr) some.x8 += n * m.stride_n;
+    some.y += n * op.out_h * op.out_w * op.out;
+    some_images(some, parallel);
+  }
 }
 
 // Weights of ±1 planes for real activations, as a Decoder.

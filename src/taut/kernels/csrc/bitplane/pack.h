@@ -132,10 +132,11 @@ inline void pack_image(const taut::Bitplanes& op, int64_t words, uint64_t* packe
   const int64_t channels = m.channels / op.groups;
   const int64_t pixel = op.groups * op.levels.planes * words;
   const int64_t width = m.width + 2 * op.pad_w, height = m.height + 2 * op.pad_h;
+  if (words == 0) return;
   const Flips flips(op.levels);
   // A linear layer's samples are one long row: cut rows into pieces that threads can share.
   constexpr int64_t kPiece = 64;
-  const int64_t pieces = (m.width + kPiece - 1) / kPiece;
+  const int64_t pieces = m.width > 0 ? (m.width + kPiece - 1) / kPiece : 1;  // the first pads
   const int64_t grain = 1 + 16384 / (m.channels * kPiece + 1);
   parallel(m.count * height * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
