@@ -9,7 +9,7 @@ dense by reading its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from taut.kernels import gru_cell, lstm_cell
 from taut.modules import drop_flat_weights
 from taut.recoding import PackedWeight
 
@@ -45,8 +46,10 @@ class Packed(nn.Module):
         return dense
 
     def product(self, name: str, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out], by the weight's own product."""
-        return cast(PackedWeight, self.packed[name]).matmul(x)
+        """x [..., in] → [..., out], by the weight's own product; by PyTorch's where it is plain."""
+        if name in self.packed:
+            return cast(PackedWeight, self.packed[name]).matmul(x)
+        return F.linear(x, getattr(self, name))
 
     def decoded_bytes(self) -> int:
         """What the dense copies take beside the packed weights, once the layer runs dense."""
@@ -74,30 +77,25 @@ class _PackedLinear(Packed):
 
 
 class _PackedConv(Packed):
-    """Convolution in one or two dimensions as a product with unfolded windows."""
+    """Convolution in one or two dimensions; one is two of which the first has length one."""
 
     def forward(self, x: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, self)
         flat = isinstance(self, nn.Conv1d)
-        unfolds = layer.groups == 1 and layer.padding_mode == "zeros"
         batched = x.dim() == (3 if flat else 4)
-        if self.runs_dense or not unfolds or not batched or isinstance(layer.padding, str):
+        plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        if self.runs_dense or not plain or not batched:
             return cast(Tensor, super().forward(x))
-        if flat:
-            x = x.unsqueeze(2)
-        kernel, stride, padding, dilation = (
-            ((0 if n == "padding" else 1), *v) if flat else v
-            for n in ("kernel_size", "stride", "padding", "dilation")
-            for v in [cast("tuple[int, ...]", getattr(layer, n))]
-        )
-        windows = F.unfold(x, kernel, dilation, padding, stride)  # [n, in·window, places]
-        y = self.product("weight", windows.transpose(1, 2))
-        y = (y if layer.bias is None else y + layer.bias).transpose(1, 2)
-        size = [
-            (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-            for d in range(2)
-        ]
-        y = y.reshape(*y.shape[:2], *size)
+        stride, padding, dilation = (
+            (fill, size[0]) if flat else (size[0], size[1])
+            for fill, size in (
+                (1, layer.stride), (0, cast("tuple[int, ...]", layer.padding)), (1, layer.dilation)
+            )
+        )  # fmt: skip
+        weight = cast(PackedWeight, self.packed["weight"])
+        y = weight.conv2d(x.unsqueeze(2) if flat else x, stride, padding, dilation, layer.groups)
+        if layer.bias is not None:
+            y = y + layer.bias[:, None, None]
         return y.squeeze(2) if flat else y
 
 
@@ -165,24 +163,23 @@ class _PackedRecurrent(Packed):
             return (hidden,)
         return hidden, sequence.new_zeros(count, sequence.shape[1], layer.hidden_size)
 
-    def _times(self, name: str, x: Tensor) -> Tensor:
-        if name in self.packed:
-            return self.product(name, x)
-        return F.linear(x, getattr(self, name))
-
     def _run(
         self, x: Tensor, state: tuple[Tensor, ...], suffix: str, back: bool, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One direction of one layer. x: [steps, batch, in]."""
+        """One direction of one layer. x: [steps, batch, in]; all its steps go in as one product."""
         layer = cast(nn.RNNBase, self)
-        inputs = self._times("weight_ih" + suffix, x)
+        inputs = self.product("weight_ih" + suffix, x)
+        bias = None
         if layer.bias:
             inputs = inputs + getattr(self, "bias_ih" + suffix)
+            bias = getattr(self, "bias_hh" + suffix)
+            if layer.mode == "LSTM":  # its gates are plain sums: both biases go in at once
+                inputs, bias = inputs + bias, None
         outputs: list[Tensor] = [x[0]] * len(x)
         for t in reversed(range(len(x))) if back else range(len(x)):
-            hidden = self._times("weight_hh" + suffix, state[0])
-            if layer.bias:
-                hidden = hidden + getattr(self, "bias_hh" + suffix)
+            hidden = self.product("weight_hh" + suffix, state[0])
+            if bias is not None:
+                hidden = hidden + bias
             new = self._cell(inputs[t], hidden, state, suffix)
             if lengths is not None:
                 alive = (t < lengths).unsqueeze(1)
@@ -197,18 +194,99 @@ class _PackedRecurrent(Packed):
         """One step, from the gates' products with the input (i) and with the hidden state (h)."""
         mode = cast(nn.RNNBase, self).mode
         if mode == "LSTM":
-            enter, forget, content, leave = (i + h).chunk(4, -1)
-            cell = forget.sigmoid() * state[1] + enter.sigmoid() * content.tanh()
-            out = leave.sigmoid() * cell.tanh()
+            out, cell = lstm_cell(i, h, state[1])
             if cast(nn.RNNBase, self).proj_size:
-                out = self._times("weight_hr" + suffix, out)
+                out = self.product("weight_hr" + suffix, out)
             return out, cell
         if mode == "GRU":
-            (i_r, i_z, i_n), (h_r, h_z, h_n) = i.chunk(3, -1), h.chunk(3, -1)
-            new = (i_n + (i_r + h_r).sigmoid() * h_n).tanh()
-            update = (i_z + h_z).sigmoid()
-            return (new + update * (state[0] - new),)
+            return (gru_cell(i, h, state[0]),)
         return ((i + h).tanh() if mode == "RNN_TANH" else (i + h).relu(),)
+
+
+class _PackedAttention(Packed):
+    """Multi-head attention whose projections, the one of its output too, run packed or dense."""
+
+    def run_dense(self, dense: bool) -> None:
+        super().run_dense(dense)
+        layer = cast(nn.MultiheadAttention, self)
+        if isinstance(layer.out_proj, Packed):
+            layer.out_proj.run_dense(dense)
+        # False keeps PyTorch's fused inference away, which would read the dense weights.
+        layer._qkv_same_embed_dim = dense and self._joint()
+
+    def _joint(self) -> bool:
+        """Whether one matrix projects queries, keys and values."""
+        return "in_proj_weight" in self.packed or self._parameters.get("in_proj_weight") is not None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        layer = cast(nn.MultiheadAttention, self)
+        odd = layer.bias_k is not None or layer.add_zero_attn or query.dim() != 3
+        if self.runs_dense or self.training or odd:
+            layer._qkv_same_embed_dim = self._joint()
+            out = super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+            layer._qkv_same_embed_dim &= self.runs_dense
+            return cast("tuple[Tensor, Tensor | None]", out)
+        first = 0 if layer.batch_first else 1
+        same = query is key and key is value
+
+        def heads(t: Tensor) -> Tensor:  # → [batch, heads, length, width of a head]
+            t = t.transpose(0, first)
+            return t.reshape(*t.shape[:2], layer.num_heads, layer.head_dim).transpose(1, 2)
+
+        parts = self._project_all(query) if same else self._project(query, key, value)
+        q, k, v = (heads(t) for t in parts)
+        mask = _mask(key_padding_mask, attn_mask, q)
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / layer.head_dim**0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            out = weights @ v
+        else:
+            weights = None
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+        out = layer.out_proj(out.transpose(1, 2).flatten(2).transpose(0, first))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return out, weights
+
+    def _project_all(self, x: Tensor) -> Iterable[Tensor]:
+        if not self._joint():
+            return self._project(x, x, x)
+        y = self.product("in_proj_weight", x)
+        bias = cast(nn.MultiheadAttention, self).in_proj_bias
+        return (y if bias is None else y + bias).chunk(3, -1)
+
+    def _project(self, *inputs: Tensor) -> Iterable[Tensor]:
+        layer = cast(nn.MultiheadAttention, self)
+        for i, x in enumerate(inputs):
+            part = slice(i * layer.embed_dim, (i + 1) * layer.embed_dim)
+            if self._joint():
+                y = self.product("in_proj_weight", x)[..., part]
+            else:
+                y = self.product("qkv"[i] + "_proj_weight", x)
+            yield y if layer.in_proj_bias is None else y + layer.in_proj_bias[part]
+
+
+def _mask(padding: Tensor | None, attention: Tensor | None, q: Tensor) -> Tensor | None:
+    """Both masks as one to be added to scores [batch, heads, queries, keys]; a bool True hides."""
+    masks = []
+    if padding is not None:
+        masks.append(padding[:, None, None, :])
+    if attention is not None:
+        many = attention.dim() == 3  # one for each head of each sample
+        masks.append(attention.reshape(*q.shape[:2], *attention.shape[1:]) if many else attention)
+    added = None
+    for mask in masks:
+        if mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
+        added = mask if added is None else added + mask
+    return added
 
 
 _KINDS: tuple[tuple[type[nn.Module], type[Packed]], ...] = (
@@ -219,6 +297,7 @@ _KINDS: tuple[tuple[type[nn.Module], type[Packed]], ...] = (
     (nn.LSTM, _PackedRecurrent),
     (nn.GRU, _PackedRecurrent),
     (nn.RNN, _PackedRecurrent),
+    (nn.MultiheadAttention, _PackedAttention),
 )
 
 

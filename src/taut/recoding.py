@@ -36,6 +36,7 @@ from taut.types import Cost, Site
 # ---- packed weights -------------------------------------------------------------------------
 
 Meta = dict[str, Any]
+Pair = tuple[int, int]
 ReadChild = Callable[[str, tuple[int, ...]], "PackedWeight"]
 
 
@@ -80,6 +81,25 @@ class PackedWeight(nn.Module, ABC):
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], the weight seen as [out, in] (later dimensions joined)."""
         return F.linear(x, self.dense().flatten(1).to(x.dtype))
+
+    def conv2d(
+        self, x: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+    ) -> Tensor:
+        """x [n, in, height, width] → [n, out, height, width], as a product with its windows.
+
+        The kernel of a weight [out, in, width] has the height one.
+        """
+        kernel = (*(1,) * (4 - len(self.shape)), *self.shape[2:])
+        if groups > 1:
+            weight = self.dense().to(x.dtype).reshape(*self.shape[:2], *kernel)
+            return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        windows = F.unfold(x, kernel, dilation, padding, stride)  # [n, in · window, places]
+        y = self.matmul(windows.transpose(1, 2)).transpose(1, 2)
+        size = (
+            (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            for d in range(2)
+        )
+        return y.reshape(len(x), self.shape[0], *size)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""

@@ -4,7 +4,18 @@ Each is defined in plain PyTorch by `reference.py` and runs in C++ (csrc/) where
 the two must agree.
 """
 
+from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
+from taut.kernels.cells import gru_cell, lstm_cell
 from taut.kernels.lookup import lookup_matmul
 from taut.kernels.reference import sparse_matmul
 
-__all__ = ["lookup_matmul", "sparse_matmul"]
+__all__ = [
+    "BitWeights",
+    "Levels",
+    "bitplane_conv2d",
+    "bitplane_matmul",
+    "gru_cell",
+    "lookup_matmul",
+    "lstm_cell",
+    "sparse_matmul",
+]

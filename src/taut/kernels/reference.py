@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,3 +32,41 @@ def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int
     flat = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
     flat[positions.long()] = values
     return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))
+
+
+def bitplane_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · W[o, i] of numbers that were decoded from their bits."""
+    return F.linear(x, weight)
+
+
+def bitplane_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    pad: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of decoded numbers whose border holds `pad`."""
+    border = (padding[1], padding[1], padding[0], padding[0])
+    padded = F.pad(x, border, value=pad)
+    return F.conv2d(padded, weight, None, tuple(stride), 0, tuple(dilation), groups)
+
+
+def lstm_cell(i: Tensor, h: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM from its gates' products with the input (i) and the hidden state (h).
+
+    i, h: [batch, 4 · size], in PyTorch's order of gates; cell: [batch, size]. Gives the new hidden
+    state and cell.
+    """
+    enter, forget, content, leave = (i + h).chunk(4, -1)
+    new = forget.sigmoid() * cell + enter.sigmoid() * content.tanh()
+    return leave.sigmoid() * new.tanh(), new
+
+
+def gru_cell(i: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    """One step of a GRU. i, h (with its bias): [batch, 3 · size]; state: [batch, size]."""
+    (i_r, i_z, i_n), (h_r, h_z, h_n) = i.chunk(3, -1), h.chunk(3, -1)
+    new = (i_n + (i_r + h_r).sigmoid() * h_n).tanh()
+    return new + (i_z + h_z).sigmoid() * (state - new)

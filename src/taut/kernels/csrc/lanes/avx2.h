@@ -49,6 +49,12 @@ struct F16 {
 inline F16 operator+(F16 a, F16 b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }
+inline F16 operator-(F16 a, F16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F16 operator/(F16 a, F16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 inline F16 operator*(F16 a, F16 b) {
   return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
 }
@@ -119,6 +125,34 @@ inline F16 flip_signs(F16 x, I16 bits) {
   return {_mm256_xor_ps(x.lo, _mm256_and_ps(_mm256_castsi256_ps(bits.lo), sign)),
           _mm256_xor_ps(x.hi, _mm256_and_ps(_mm256_castsi256_ps(bits.hi), sign))};
 }
+
+inline I16 bits_of(F16 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
+inline F16 floats_of(I16 bits) {
+  return {_mm256_castsi256_ps(bits.lo), _mm256_castsi256_ps(bits.hi)};
+}
+
+inline uint32_t at_least(F16 a, F16 b) {
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ));
+  const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+  return uint32_t(lo | hi << 8);
+}
+
+inline F16 select(uint16_t bits, F16 yes, F16 no) {
+  const __m256i of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i low = _mm256_and_si256(_mm256_set1_epi32(bits), of_lane);
+  const __m256i high = _mm256_and_si256(_mm256_set1_epi32(bits >> 8), of_lane);
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_castsi256_ps(_mm256_cmpeq_epi32(low, of_lane))),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_castsi256_ps(_mm256_cmpeq_epi32(high, of_lane)))};
+}
+
+struct PixelWords {
+  uint64_t word[16];
+  void clear() { std::memset(word, 0, sizeof word); }
+  void set(uint32_t pixels, int bit) {
+    for (int i = 0; i < 16; ++i) word[i] |= uint64_t(pixels >> i & 1) << bit;
+  }
+  void store(uint64_t* p) const { std::memcpy(p, word, sizeof word); }
+};
 
 inline F16 gather(const float* base, I16 index) {
   return {_mm256_i32gather_ps(base, index.lo, 4), _mm256_i32gather_ps(base, index.hi, 4)};

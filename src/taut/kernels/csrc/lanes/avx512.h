@@ -30,6 +30,8 @@ struct F16 {
 };
 
 inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 multiply_add(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
@@ -70,6 +72,29 @@ inline F16 flip_signs(F16 x, I16 bits) {
   const __m512i raw = _mm512_ternarylogic_epi32(_mm512_castps_si512(x.v), bits.v, sign, 0x78);
   return {_mm512_castsi512_ps(raw)};
 }
+
+inline I16 bits_of(F16 x) { return {_mm512_castps_si512(x.v)}; }
+inline F16 floats_of(I16 bits) { return {_mm512_castsi512_ps(bits.v)}; }
+
+inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+
+inline F16 select(uint16_t bits, F16 yes, F16 no) {
+  return {_mm512_mask_blend_ps(bits, no.v, yes.v)};
+}
+
+struct PixelWords {
+  __m512i lo, hi;
+  void clear() { lo = hi = _mm512_setzero_si512(); }
+  void set(uint32_t pixels, int bit) {
+    const __m512i one = _mm512_set1_epi64(int64_t(uint64_t(1) << bit));
+    lo = _mm512_mask_or_epi64(lo, __mmask8(pixels), lo, one);
+    hi = _mm512_mask_or_epi64(hi, __mmask8(pixels >> 8), hi, one);
+  }
+  void store(uint64_t* p) const {
+    _mm512_storeu_si512(p, lo);
+    _mm512_storeu_si512(p + 8, hi);
+  }
+};
 
 inline F16 gather(const float* base, I16 index) {
   return {_mm512_i32gather_ps(index.v, base, 4)};

@@ -46,7 +46,9 @@ struct F16 {
 };
 
 inline F16 operator+(F16 a, F16 b) { return {a.v + b.v}; }
+inline F16 operator-(F16 a, F16 b) { return {a.v - b.v}; }
 inline F16 operator*(F16 a, F16 b) { return {a.v * b.v}; }
+inline F16 operator/(F16 a, F16 b) { return {a.v / b.v}; }
 inline F16 multiply_add(F16 a, F16 b, F16 c) { return {a.v * b.v + c.v}; }  // a · b + c
 
 struct I16 {
@@ -90,14 +92,49 @@ inline I16 high_product(I16 a, I16 b) {  // the high 32 bits of a · b
   return r;
 }
 
+inline I16 bits_of(F16 x) {
+  I16 r;
+  std::memcpy(&r.v, &x.v, 64);
+  return r;
+}
+
 // Flips the sign of the lanes whose top bit is set in `bits`.
 inline F16 flip_signs(F16 x, I16 bits) {
-  I16 raw;
-  std::memcpy(&raw.v, &x.v, 64);
-  raw = raw ^ (bits & I16::all(0x80000000u));
+  const I16 raw = bits_of(x) ^ (bits & I16::all(0x80000000u));
   std::memcpy(&x.v, &raw.v, 64);
   return x;
 }
+
+// Bit i: whether a[i] >= b[i]; never for NaN.
+inline uint32_t at_least(F16 a, F16 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= uint32_t(a.v[i] >= b.v[i]) << i;
+  return bits;
+}
+
+// Lanes of floats whose bits these are.
+inline F16 floats_of(I16 bits) {
+  F16 r;
+  std::memcpy(&r.v, &bits.v, 64);
+  return r;
+}
+
+// Lane i: yes[i] where bit i is set, else no[i].
+inline F16 select(uint16_t bits, F16 yes, F16 no) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = bits >> i & 1 ? yes.v[i] : no.v[i];
+  return r;
+}
+
+// A 64-bit word for each of sixteen pixels, of which one bit is set at a time.
+struct PixelWords {
+  uint64_t word[16];
+  void clear() { std::memset(word, 0, sizeof word); }
+  void set(uint32_t pixels, int bit) {
+    for (int i = 0; i < 16; ++i) word[i] |= uint64_t(pixels >> i & 1) << bit;
+  }
+  void store(uint64_t* p) const { std::memcpy(p, word, sizeof word); }
+};
 
 inline F16 gather(const float* base, I16 index) {
   F16 r;

@@ -1,0 +1,6 @@
+#include "lanes/avx512.h"
+#include "cells/generic.h"
+
+void taut::lstm_cell_avx512(const Cell& op, const Parallel& parallel) { ::lstm_cell(op, parallel); }
+
+void taut::gru_cell_avx512(const Cell& op, const Parallel& parallel) { ::gru_cell(op, parallel); }
