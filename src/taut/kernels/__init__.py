@@ -6,7 +6,7 @@ the two must agree.
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
 from taut.kernels.cells import gru_cell, lstm_cell
-from taut.kernels.lookup import lookup_matmul
+from taut.kernels.lookup import lookup_matmul, lookup_matmul_int8
 from taut.kernels.reference import sparse_matmul
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "bitplane_matmul",
     "gru_cell",
     "lookup_matmul",
+    "lookup_matmul_int8",
     "lstm_cell",
     "sparse_matmul",
 ]

@@ -13,6 +13,7 @@
 #include "cells/cells.h"
 #include "cpu.h"
 #include "lookup/lookup.h"
+#include "lookup_int8/lookup_int8.h"
 
 namespace {
 
@@ -223,6 +224,35 @@ Tensor gru_cell(const Tensor& i, const Tensor& h, const Tensor& state) {
   return recurrent_cell("gru_cell", 3, variant.run, i, h, state);
 }
 
+Tensor lookup_matmul_int8(const Tensor& x, const Tensor& codes, const Tensor& table,
+                          const Tensor& scale, int64_t bits) {
+  constexpr auto op = "lookup_matmul_int8";
+  STD_TORCH_CHECK(1 <= bits && bits <= 8, op, ": bits must lie in 1 … 8, got ", bits);
+  taut::LookupInt8 k{};
+  k.x = data<int8_t>(x, op, "x", ScalarType::Char, 2);
+  k.codes = data<uint32_t>(codes, op, "codes", ScalarType::Int, 2);
+  k.table = data<int8_t>(table, op, "table", ScalarType::Char, 2);
+  k.scale = data<float>(scale, op, "scale", ScalarType::Float, 1);
+  k.batch = x.size(0), k.in = x.size(1), k.out = codes.size(0);
+  k.words = codes.size(1), k.bits = int(bits);
+  STD_TORCH_CHECK(k.in <= taut::kLookupInt8Columns, op, ": at most ", taut::kLookupInt8Columns,
+                  " columns are added up in 32 bits, got ", k.in);
+  STD_TORCH_CHECK(k.words == taut::lookup_words(k.in, k.bits), op, ": ", k.in, " columns of ",
+                  bits, " bits take ", taut::lookup_words(k.in, k.bits), " words, got codes ",
+                  shape_of(codes));
+  STD_TORCH_CHECK((table.size(0) == 1 || table.size(0) == k.out) &&
+                      table.size(1) == int64_t(1) << bits,
+                  op, ": table must be [1 or ", k.out, ", ", int64_t(1) << bits, "], got ",
+                  shape_of(table));
+  STD_TORCH_CHECK(scale.size(0) == k.out, op, ": scale must be [", k.out, "], got ",
+                  shape_of(scale));
+  k.table_stride = table.size(0) == 1 ? 0 : table.size(1);
+  Tensor y = torch::stable::new_empty(scale, {k.batch, k.out});
+  k.y = static_cast<float*>(y.mutable_data_ptr());
+  taut::choose(taut::kLookupInt8Variants, taut::cpu_flags()).run(k, on_torch);
+  return y;
+}
+
 // ---- what the machine has, for doctor and the tests ----
 
 template <class Function, size_t N>
@@ -252,6 +282,7 @@ const Operation kOperations[] = {
     {"gru_cell", of<taut::kGruVariants>},
     {"lstm_cell", of<taut::kLstmVariants>},
     {"lookup_matmul", of<taut::kLookupVariants>},
+    {"lookup_matmul_int8", of<taut::kLookupInt8Variants>},
 };
 
 std::string operations() {
@@ -295,6 +326,8 @@ STABLE_TORCH_LIBRARY(taut, m) {
   m.def("gru_cell(Tensor i, Tensor h, Tensor state) -> Tensor");
   m.def("lstm_cell(Tensor i, Tensor h, Tensor cell) -> Tensor");
   m.def("lookup_matmul(Tensor x, Tensor codes, Tensor table, int bits, int group) -> Tensor");
+  m.def(
+      "lookup_matmul_int8(Tensor x, Tensor codes, Tensor table, Tensor scale, int bits) -> Tensor");
   m.def("operations() -> str");
   m.def("variants(str op, int flags) -> str");
   m.def("build() -> str");
@@ -309,6 +342,7 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("gru_cell", TORCH_BOX(&gru_cell));
   m.impl("lstm_cell", TORCH_BOX(&lstm_cell));
   m.impl("lookup_matmul", TORCH_BOX(&lookup_matmul));
+  m.impl("lookup_matmul_int8", TORCH_BOX(&lookup_matmul_int8));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {

@@ -3,6 +3,7 @@
 
 #include "decode/matmul.h"
 #include "lookup/lookup.h"
+#include "lookup/parts.h"
 
 namespace {
 
@@ -17,13 +18,7 @@ struct IndexDecoder {
 
   Row row(int64_t o) const {
     Row r{};
-    const uint32_t* at = op.codes + o * op.words;
-    const int64_t strips = (op.in + 15) / 16;
-    for (int i = 0, bits = 8; i < 4; ++i, bits /= 2) {
-      if (!(Bits & bits)) continue;
-      r.part[i] = at;
-      at += 16 * ((strips * bits + 31) / 32);
-    }
+    find_parts<Bits>(op.codes + o * op.words, op.in, r.part);
     r.table = op.table + o * op.table_stride;
     return r;
   }
