@@ -6,7 +6,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
-from taut.kernels import native, reference
+from taut.kernels import native
 
 
 def test_without_kernels_the_definition_runs_and_says_so_once(monkeypatch) -> None:
@@ -30,12 +30,11 @@ def test_kernels_that_do_not_load_are_done_without(monkeypatch, tmp_path) -> Non
 
 
 @pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
-def test_every_operation_runs_somewhere_and_has_a_definition() -> None:
+def test_every_operation_runs_on_every_processor() -> None:
     assert "lookup_matmul" in native.operations()
     for op in native.operations():
         assert native.variants(op, ())[-1] == "portable"
         assert hasattr(torch.ops.taut, op)
-        assert hasattr(reference, op)
-    with pytest.raises(RuntimeError, match="no operation is called add; there are"):
+    with pytest.raises(RuntimeError, match=r"no operation is called add; there are .*_matmul"):
         native.variants("add")
     assert "PyTorch" in native.build()

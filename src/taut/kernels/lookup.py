@@ -2,6 +2,8 @@
 
     y[..., o] = Σ_i x[..., i] · table[o, i / group, index[o, i]]
 
+`lookup_matmul_int8` is the same for int8 activations and int8 tables, with a scale for each output.
+
 The indices of a row are split into parts of 8, 4, 2 and 1 bits, whose sum is the width (6 bits: a
 part of 4, which holds the lowest, then one of 2). A part of b bits fills 32-bit words, sixteen
 side by side: bits b·s … of word 16·m + l belong to column 16·(m·32/b + s) + l. In that order
@@ -74,6 +76,21 @@ def lookup_matmul(
     return y.reshape(*x.shape[:-1], len(codes)).to(x.dtype)
 
 
+def lookup_matmul_int8(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """y[..., o] = scale[o] · Σ_i x[..., i] · table[o, index[o, i]], the sum being exact.
+
+    x: [..., in] int8, of at most 131,071 columns; codes: [out, words] int32 from `pack_indices`;
+    table: [1 or out, 2**bits] int8; scale: [out] float32, the weights' times the activations'. The
+    result is float32, the same on every machine.
+    """
+    columns = x.shape[-1]
+    if not native.runs(x, codes, table, scale, dtypes=(torch.int8,)):
+        return reference.lookup_matmul_int8(x, unpack_indices(codes, bits, columns), table, scale)
+    flat = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
+    y: Tensor = torch.ops.taut.lookup_matmul_int8(flat, codes, table, scale, bits)
+    return y.reshape(*x.shape[:-1], len(codes))
+
+
 def _parts(bits: int) -> list[int]:
     return [p for p in _PARTS if bits & p]
 
@@ -81,3 +98,8 @@ def _parts(bits: int) -> list[int]:
 @native.fake("lookup_matmul")
 def _(x: Tensor, codes: Tensor, table: Tensor, bits: int, group: int) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@native.fake("lookup_matmul_int8")
+def _(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return scale.new_empty(x.shape[0], codes.shape[0])

@@ -91,11 +91,14 @@ def restricted(to: tuple[str, ...]) -> Iterator[None]:
         torch.ops.taut.restrict_flags(_ALL)
 
 
-def runs(x: Tensor, *parts: Tensor) -> bool:
-    """Whether a kernel can take this input: on the CPU, floats up to 32 bits, no gradient asked."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def runs(x: Tensor, *parts: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
+    """Whether a kernel can take this input: on the CPU, of a dtype it knows, no gradient asked."""
     return (
         LOADED
-        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and x.dtype in dtypes
         and all(t.device.type == "cpu" for t in (x, *parts))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts)))
     )

@@ -23,6 +23,17 @@ def lookup_matmul(x: Tensor, index: Tensor, table: Tensor, group: int | None = N
     return F.linear(x, table[of_row, of_column, index.long()].to(x.dtype))
 
 
+def lookup_matmul_int8(x: Tensor, index: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+    """y[..., o] = scale[o] · Σ_i x[..., i] · table[o, index[o, i]], the sum being exact.
+
+    x: [..., in] int8; index: [out, in] integers in [0, entries); table: [1 or out, entries] int8;
+    scale: [out] float32.
+    """
+    of_row = torch.arange(len(index), device=index.device)[:, None] % table.shape[0]
+    total = F.linear(x.double(), table[of_row, index.long()].double())
+    return total.float() * scale
+
+
 def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     """y[..., o] = Σ_i x[..., i] · W[o, i], where W is zero but for W.flat[positions] = values.
 

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <new>
 
+// In an anonymous namespace, for files compiled for different processors must not share one copy.
 namespace taut {
+namespace {
 
 // At least `bytes`, aligned to 64; valid until the thread asks again with the same slot.
 template <int Slot>
@@ -28,4 +30,5 @@ inline void* scratch(size_t bytes) {
   return kept.at;
 }
 
+}  // namespace
 }  // namespace taut

@@ -3,6 +3,7 @@
 
 #include "decode/matmul.h"
 #include "lookup/lookup.h"
+#include "lookup/parts.h"
 
 namespace {
 
@@ -13,12 +14,7 @@ struct IndexDecoder {
   int64_t part_at[4];  // where those of 8, 4, 2, 1 bits begin in a row
 
   explicit IndexDecoder(const taut::Lookup& lookup) : op(lookup) {
-    const int64_t strips = (op.in + 15) / 16;
-    int64_t at = 0;
-    for (int i = 0, bits = 8; i < 4; ++i, bits /= 2) {
-      part_at[i] = at;
-      if (Bits & bits) at += 16 * ((strips * bits + 31) / 32);
-    }
+    find_parts<Bits>(op.in, part_at);
   }
 
   struct Row {
