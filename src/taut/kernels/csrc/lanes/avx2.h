@@ -120,6 +120,15 @@ inline F16 flip_signs(F16 x, I16 bits) {
           _mm256_xor_ps(x.hi, _mm256_and_ps(_mm256_castsi256_ps(bits.hi), sign))};
 }
 
+inline F16 select(F16 no, F16 yes, I16 bits) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_castsi256_ps(bits.lo)),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_castsi256_ps(bits.hi))};
+}
+
+inline F16 load_quarters(const float* const (&at)[4]) {
+  return {_mm256_loadu2_m128(at[1], at[0]), _mm256_loadu2_m128(at[3], at[2])};
+}
+
 inline F16 gather(const float* base, I16 index) {
   return {_mm256_i32gather_ps(base, index.lo, 4), _mm256_i32gather_ps(base, index.hi, 4)};
 }
