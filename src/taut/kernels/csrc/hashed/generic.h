@@ -2,6 +2,8 @@
 // Decoder for decode/matmul.h. Included after one of lanes/*.h.
 #pragma once
 
+#include <cstring>
+
 #include "decode/matmul.h"
 #include "hashed/hashed.h"
 
@@ -76,18 +78,17 @@ struct HashDecoder : Hash<Run> {
   using typename Hash<Run>::Row;
   using typename Hash<Run>::Block;
 
-  const float* buckets;
-  uint32_t whole;                // from starts below it nothing is reached beyond the buckets
-  float wrapped[2 * kReach];     // what is reached from the others
+  const float* buckets;  // and as many more, from the first on, as a start at the end reaches
 
-  explicit HashDecoder(const taut::Hashed& op)
-      : Hash<Run>(op), buckets(op.buckets),
-        whole(op.count > kReach ? uint32_t(op.count - kReach) : 0) {
-    for (int64_t i = 0; i < 2 * kReach; ++i) wrapped[i] = op.buckets[(whole + i) % op.count];
-  }
-
-  const float* at(uint32_t start) const {
-    return start < whole ? buckets + start : wrapped + (start - whole);
+  // Asks for this thread's third piece of scratch memory. To look out for the end at every start
+  // would cost more than this copy.
+  HashDecoder(const taut::Hashed& op, const taut::Parallel& parallel) : Hash<Run>(op) {
+    auto* to = static_cast<float*>(taut::scratch<2>(size_t(op.count + kReach) * sizeof(float)));
+    parallel(op.count, 65536, [&](int64_t begin, int64_t end) {
+      std::memcpy(to + begin, op.buckets + begin, size_t(end - begin) * sizeof(float));
+    });
+    for (int64_t i = 0; i < kReach; ++i) to[op.count + i] = op.buckets[i % op.count];
+    buckets = to;
   }
 
   void block(const Row& r, int64_t b, F16 (&w)[kStrips]) const {
@@ -96,15 +97,16 @@ struct HashDecoder : Hash<Run> {
 #pragma GCC unroll 8
     for (int s = 0; s < kStrips; ++s) {
       if constexpr (Run == 1) {
-        const float* p = at(k.start[s]);
+        const float* p = buckets + k.start[s];
         const F16 low = select(F16::load(p), F16::load(p + 16), k.place_16(s));
         const F16 high = select(F16::load(p + 32), F16::load(p + 48), k.place_16(s));
         w[s] = select(low, high, k.place_32(s));
       } else if constexpr (Run == 4) {
         const uint32_t* q = k.start + 4 * s;
-        w[s] = load_quarters({at(q[0]), at(q[1]), at(q[2]), at(q[3])});
+        w[s] = load_quarters(
+            {buckets + q[0], buckets + q[1], buckets + q[2], buckets + q[3]});
       } else {
-        w[s] = F16::load(at(k.start[16 * s / Run]) + 16 * s % Run);
+        w[s] = F16::load(buckets + k.start[16 * s / Run] + 16 * s % Run);
       }
       w[s] = flip_signs(w[s], k.minus(s));
     }
@@ -122,12 +124,12 @@ void with_run(int run, Use&& use) {
 void hashed_matmul(const taut::Hashed& op, const taut::HashedProduct& p,
                    const taut::Parallel& parallel) {
   const Product product{p.x, p.y, p.batch, op.in, op.out, op.in, op.out};
-  with_run(op.run, [&]<int Run>() { decoded_matmul(HashDecoder<Run>(op), product, parallel); });
+  with_run(op.run, [&]<int Run>() { decoded_matmul(HashDecoder<Run>(op, parallel), product, parallel); });
 }
 
 void hashed_weight(const taut::Hashed& op, float* weight, const taut::Parallel& parallel) {
   with_run(op.run, [&]<int Run>() {
-    const HashDecoder<Run> decoder(op);
+    const HashDecoder<Run> decoder(op, parallel);
     parallel(op.out, 1 + 32768 / (op.in + 1), [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {
         const auto row = decoder.row(o);

@@ -125,6 +125,10 @@ inline F16 select(F16 no, F16 yes, I16 bits) {
           _mm256_blendv_ps(no.hi, yes.hi, _mm256_castsi256_ps(bits.hi))};
 }
 
+inline bool any_top_bit(I16 bits) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(bits.lo, bits.hi))) != 0;
+}
+
 inline F16 load_quarters(const float* const (&at)[4]) {
   return {_mm256_loadu2_m128(at[1], at[0]), _mm256_loadu2_m128(at[3], at[2])};
 }

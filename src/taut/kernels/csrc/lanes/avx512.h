@@ -75,6 +75,8 @@ inline F16 select(F16 no, F16 yes, I16 bits) {
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(bits.v), yes.v)};
 }
 
+inline bool any_top_bit(I16 bits) { return _mm512_movepi32_mask(bits.v) != 0; }
+
 inline F16 load_quarters(const float* const (&at)[4]) {
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(at[0]));
   v = _mm512_insertf32x4(v, _mm_loadu_ps(at[1]), 1);

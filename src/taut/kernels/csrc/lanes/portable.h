@@ -105,6 +105,12 @@ inline F16 select(F16 no, F16 yes, I16 bits) {
   return {reinterpret_cast<const Signed&>(bits.v) < 0 ? yes.v : no.v};
 }
 
+inline bool any_top_bit(I16 bits) {
+  uint32_t all = 0;
+  for (int i = 0; i < 16; ++i) all |= bits.v[i];
+  return all >> 31;
+}
+
 inline F16 load_quarters(const float* const (&at)[4]) {  // four floats from each
   F16 r;
   for (int i = 0; i < 4; ++i) std::memcpy(reinterpret_cast<char*>(&r.v) + 16 * i, at[i], 16);
