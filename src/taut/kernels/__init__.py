@@ -4,7 +4,8 @@ Each is defined in plain PyTorch by `reference.py` and runs in C++ (csrc/) where
 the two must agree.
 """
 
+from taut.kernels.hashed import hashed_matmul, hashed_weight
 from taut.kernels.lookup import lookup_matmul
 from taut.kernels.reference import sparse_matmul
 
-__all__ = ["lookup_matmul", "sparse_matmul"]
+__all__ = ["hashed_matmul", "hashed_weight", "lookup_matmul", "sparse_matmul"]

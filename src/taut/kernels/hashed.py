@@ -6,11 +6,11 @@ Only the buckets and a seed are kept; W is made anew, a tile at a time, whenever
 runs of 4, 16 or 64 columns (ROBE, Desai et al. 2022; ROAST, Desai et al. 2023) each run has a
 hashed start and lies side by side in the buckets. Single weights (run = 1; HashedNets, Chen et
 al. 2015) differ from the paper: sixteen columns share a hashed start, and each weight chooses
-between the four places start + i % 16 + 16·(0 … 3) by two hashed bits of its own. Looking up
-sixteen buckets anywhere costs a processor more than the whole product with a dense W; this way they
-are four vectors and three selections. Of the buckets' uses nothing is lost by it: every weight is
-drawn from all n with equal chance, any two of different starts meet with chance 1 / n, and those of
-one start never do. Signs are hashed weight by weight, in runs too.
+between the four places start + i % 16 + 16·(0 … 3) by two hashed bits of its own. A lookup of its
+own for every weight costs a processor two to three times what a dense W does at one sample; this
+way sixteen are four vectors and three selections. As a hash it is no worse: every weight is drawn
+from all n with equal chance (places wrap around at the end), two weights of different starts meet
+with chance 1 / n, and two of one start never do. Signs are hashed weight by weight, in runs too.
 
 The hash is defined by `reference.hash_map`; csrc/hashed/hashed.h says the same in C++.
 """

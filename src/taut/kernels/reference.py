@@ -33,6 +33,8 @@ def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int
     return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))
 
 
+_32_BITS = 0xFFFFFFFF
+
 HASH = "mix32.v1"
 """The name of the hash below, which files carry with its seed: it never changes."""
 
@@ -48,19 +50,27 @@ def mix32(value: Tensor, between: Tensor | int = 0) -> Tensor:
     return value ^ value >> 16
 
 
-_32_BITS = 0xFFFFFFFF
-
-
 def hash_map(
-    shape: tuple[int, int], buckets: int, seed: int, run: int = 1, device: torch.device | None = None
+    shape: tuple[int, int],
+    buckets: int,
+    seed: int,
+    run: int = 1,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which bucket each weight is drawn from, int64, and whether its sign is flipped, bool.
 
     index[o, i] = (start(o, i / span) + place(o, i)) mod buckets
 
     A start is hashed from [0, buckets). Runs: span = run, place = i % run. Single weights (run =
-    1): span = 16, place = i % 16 + 16·(two bits of the weight's own).
+    1): span = 16, place = i % 16 + 16·(two bits of the weight's own). Rows and columns are hashed
+    apart, so there may be 2**31 - 1 of either. The hash is called HASH; why it has this form is
+    said in `hashed.py`.
     """
+    if run not in (1, 4, 16, 64) or not 0 <= seed < 2**32 or not 1 <= buckets < 2**31:
+        raise ValueError(
+            "hash_map: run must be 1, 4, 16 or 64, seed lie in [0, 2**32) and buckets in "
+            f"[1, 2**31), got run {run}, seed {seed} and {buckets} buckets"
+        )
     row = torch.arange(shape[0], device=device)[:, None]
     column = torch.arange(shape[1], device=device)
     one, other = (mix32(torch.tensor(s, device=device)) for s in (seed, seed ^ 0x9E3779B9))

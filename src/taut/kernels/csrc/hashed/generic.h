@@ -80,8 +80,8 @@ struct HashDecoder : Hash<Run> {
 
   const float* buckets;  // and as many more, from the first on, as a start at the end reaches
 
-  // Asks for this thread's third piece of scratch memory. To look out for the end at every start
-  // would cost more than this copy.
+  // Asks for this thread's third piece of scratch memory. A check of every start for the end, even
+  // one a block that never jumps, costs far more than this copy.
   HashDecoder(const taut::Hashed& op, const taut::Parallel& parallel) : Hash<Run>(op) {
     auto* to = static_cast<float*>(taut::scratch<2>(size_t(op.count + kReach) * sizeof(float)));
     parallel(op.count, 65536, [&](int64_t begin, int64_t end) {
