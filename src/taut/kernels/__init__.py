@@ -7,6 +7,7 @@ rows is `sparse.sparse_matmul`.
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
 from taut.kernels.cells import gru_cell, lstm_cell
+from taut.kernels.hashed import hashed_matmul, hashed_weight
 from taut.kernels.lookup import lookup_matmul, lookup_matmul_int8
 from taut.kernels.reference import sparse_matmul
 from taut.kernels.sparse import bitmap_matmul, block_matmul, sparse_conv2d
@@ -19,6 +20,8 @@ __all__ = [
     "bitplane_matmul",
     "block_matmul",
     "gru_cell",
+    "hashed_matmul",
+    "hashed_weight",
     "lookup_matmul",
     "lookup_matmul_int8",
     "lstm_cell",

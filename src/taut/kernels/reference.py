@@ -128,3 +128,68 @@ def row_of_each(starts: Tensor, count: int) -> Tensor:
     """The row of each stored value: [count] int64."""
     rows = torch.arange(len(starts) - 1, device=starts.device)
     return rows.repeat_interleave(starts.diff().long(), output_size=count)
+
+_32_BITS = 0xFFFFFFFF
+
+HASH = "mix32.v1"
+"""The name of the hash below, which files carry with its seed: it never changes."""
+
+
+def mix32(value: Tensor, between: Tensor | int = 0) -> Tensor:
+    """Chris Wellons' lowbias32, a bijection of 32-bit numbers (held in int64) that mixes all bits.
+
+    between: added between its two rounds, so that one more number is mixed in.
+    """
+    value = (value ^ value >> 16) * 0x7FEB352D & _32_BITS
+    value = (value ^ value >> 15) + between & _32_BITS
+    value = value * 0x846CA68B & _32_BITS
+    return value ^ value >> 16
+
+
+def hash_map(
+    shape: tuple[int, int],
+    buckets: int,
+    seed: int,
+    run: int = 1,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which bucket each weight is drawn from, int64, and whether its sign is flipped, bool.
+
+    index[o, i] = (start(o, i / span) + place(o, i)) mod buckets
+
+    A start is hashed from [0, buckets). Runs: span = run, place = i % run. Single weights (run =
+    1): span = 16, place = i % 16 + 16·(two bits of the weight's own). Rows and columns are hashed
+    apart, so there may be 2**31 - 1 of either. The hash is called HASH; why it has this form is
+    said in `hashed.py`.
+    """
+    if run not in (1, 4, 16, 64) or not 0 <= seed < 2**32 or not 1 <= buckets < 2**31:
+        raise ValueError(
+            "hash_map: run must be 1, 4, 16 or 64, seed lie in [0, 2**32) and buckets in "
+            f"[1, 2**31), got run {run}, seed {seed} and {buckets} buckets"
+        )
+    row = torch.arange(shape[0], device=device)[:, None]
+    column = torch.arange(shape[1], device=device)
+    one, other = (mix32(torch.tensor(s, device=device)) for s in (seed, seed ^ 0x9E3779B9))
+    first, second = mix32(row + one & _32_BITS), mix32(row ^ other)
+
+    def hashed(number: Tensor) -> Tensor:
+        return mix32(number + first & _32_BITS, second)
+
+    span = 16 if run == 1 else run
+    runs = torch.arange(-(-shape[1] // span), device=device)
+    start = (hashed(runs) * buckets >> 32).repeat_interleave(span, 1)[:, : shape[1]]
+    own = hashed(2**31 + column // 128 * 16 + column % 16) >> column // 16 % 8 * 4
+    place = column % 16 + 16 * (own >> 1 & 3) if run == 1 else column % run
+    return (start + place) % buckets, own >> 3 & 1 == 1
+
+
+def hashed_weight(buckets: Tensor, shape: tuple[int, int], seed: int, run: int = 1) -> Tensor:
+    """W[o, i] = ± buckets[index[o, i]], by `hash_map`. buckets: [n] float of any width."""
+    index, minus = hash_map(shape, len(buckets), seed, run, buckets.device)
+    weight = buckets[index]
+    return torch.where(minus, -weight, weight)
+
+
+def hashed_matmul(x: Tensor, buckets: Tensor, out: int, seed: int, run: int = 1) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · W[o, i], where W is the `hashed_weight` of these buckets."""
+    return F.linear(x, hashed_weight(buckets, (out, x.shape[-1]), seed, run).to(x.dtype))

@@ -155,6 +155,15 @@ struct PixelWords {
   void store(uint64_t* p) const { std::memcpy(p, word, sizeof word); }
 };
 
+inline F16 select_by_top(I16 bits, F16 yes, F16 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_castsi256_ps(bits.lo)),
+          _mm256_blendv_ps(no.hi, yes.hi, _mm256_castsi256_ps(bits.hi))};
+}
+
+inline F16 load_quarters(const float* const (&at)[4]) {
+  return {_mm256_loadu2_m128(at[1], at[0]), _mm256_loadu2_m128(at[3], at[2])};
+}
+
 inline F16 gather(const float* base, I16 index) {
   return {_mm256_i32gather_ps(base, index.lo, 4), _mm256_i32gather_ps(base, index.hi, 4)};
 }

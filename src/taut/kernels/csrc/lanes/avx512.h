@@ -97,6 +97,17 @@ struct PixelWords {
   }
 };
 
+inline F16 select_by_top(I16 bits, F16 yes, F16 no) {
+  return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(bits.v), yes.v)};
+}
+
+inline F16 load_quarters(const float* const (&at)[4]) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(at[0]));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(at[1]), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(at[2]), 2);
+  return {_mm512_insertf32x4(v, _mm_loadu_ps(at[3]), 3)};
+}
+
 inline F16 gather(const float* base, I16 index) {
   return {_mm512_i32gather_ps(index.v, base, 4)};
 }

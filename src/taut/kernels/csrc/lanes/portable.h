@@ -137,6 +137,18 @@ struct PixelWords {
   void store(uint64_t* p) const { std::memcpy(p, word, sizeof word); }
 };
 
+// `yes` in the lanes whose top bit is set in `bits`, `no` in the others.
+inline F16 select_by_top(I16 bits, F16 yes, F16 no) {
+  typedef int32_t Signed __attribute__((vector_size(64)));
+  return {reinterpret_cast<const Signed&>(bits.v) < 0 ? yes.v : no.v};
+}
+
+inline F16 load_quarters(const float* const (&at)[4]) {  // four floats from each
+  F16 r;
+  for (int i = 0; i < 4; ++i) std::memcpy(reinterpret_cast<char*>(&r.v) + 16 * i, at[i], 16);
+  return r;
+}
+
 inline F16 gather(const float* base, I16 index) {
   F16 r;
   for (int i = 0; i < 16; ++i) r.v[i] = base[index.v[i]];

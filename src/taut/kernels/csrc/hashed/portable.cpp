@@ -1,0 +1,14 @@
+#include "lanes/portable.h"
+#include "hashed/generic.h"
+
+void taut::hashed_matmul_portable(const Hashed& op, const HashedProduct& p, const Parallel& parallel) {
+  ::hashed_matmul(op, p, parallel);
+}
+
+void taut::hashed_weight_portable(const Hashed& op, float* weight, const Parallel& parallel) {
+  ::hashed_weight(op, weight, parallel);
+}
+
+void taut::hashed_gradient_portable(const Hashed& op, const HashedGradient& g, const Parallel& parallel) {
+  ::hashed_gradient(op, g, parallel);
+}
