@@ -7,8 +7,7 @@
 
 namespace {
 
-// Grouped: whether tables change along a row.
-template <int Bits, bool Grouped>
+template <int Bits>
 struct IndexDecoder {
   const taut::Lookup op;
   int64_t part_at[4];  // where those of 8, 4, 2, 1 bits begin in a row
@@ -27,7 +26,9 @@ struct IndexDecoder {
   }
 
   void block(const Row& r, int64_t b, F16 (&w)[kStrips]) const {
-    const float* entries = Grouped ? r.table + (b * kBlock / op.group << Bits) : r.table;
+    // One table for the whole row is the common case, and spares the division.
+    const bool grouped = op.group < op.in;
+    const float* entries = grouped ? r.table + (b * kBlock / op.group << Bits) : r.table;
     const auto table = Table<Bits>::load(entries);
     // A block's strips fill two words of 8-bit parts, one of 4, half of one of 2, a quarter of 1.
     I16 eight[2], four, two, one;
@@ -69,11 +70,7 @@ void lookup_matmul(const taut::Lookup& op, const taut::Parallel& parallel) {
   if constexpr (Bits <= 8) {
     if (op.bits != Bits) return lookup_matmul<Bits + 1>(op, parallel);
     const Product product{op.x, op.y, op.batch, op.in, op.out, op.in, op.out};
-    if (op.group < op.in) {
-      decoded_matmul(IndexDecoder<Bits, true>(op), product, parallel);
-    } else {
-      decoded_matmul(IndexDecoder<Bits, false>(op), product, parallel);
-    }
+    decoded_matmul(IndexDecoder<Bits>(op), product, parallel);
   }
 }
 
