@@ -106,7 +106,7 @@ def pack_blocks(weight: Tensor, rows: int) -> Blocks:
     out, width = weight.shape
     if width > 2**16:
         raise ValueError(f"pack_blocks: at most 65536 columns, got {width}; use rows")
-    padded = F.pad(weight, (0, 0, 0, -out % rows)).unflatten(0, (-(-out // rows), rows))
+    padded = F.pad(weight, (0, 0, 0, -out % rows)).reshape(-(-out // rows), rows, width)
     kept = (padded != 0).any(1)
     starts, columns = pack_rows(kept.flatten().nonzero().squeeze(1), tuple(kept.shape))
     return Blocks(starts, columns, padded.transpose(1, 2)[kept].contiguous())
