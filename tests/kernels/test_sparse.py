@@ -178,9 +178,7 @@ def test_inputs_may_be_strided_unaligned_or_narrow() -> None:
 
 @pytest.mark.parametrize("batch", [1, 20])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_does_not_exist_is_not_read(
-    variant: tuple[str, ...], batch: int, kind: str
-) -> None:
+def test_what_does_not_exist_is_not_read(variant: tuple[str, ...], batch: int, kind: str) -> None:
     rows, more, _ = stored(sparse(30, 40), kind)
     columns = torch.randint(0, 2**16, rows.columns.shape).to(torch.uint16)
     if kind.startswith("table"):
@@ -278,8 +276,6 @@ def test_convolutions_of_nothing_and_of_no_numbers(variant: tuple[str, ...]) -> 
 def test_gradients_of_a_convolution_go_by_the_definition() -> None:
     weight = sparse(6, 2, 3, 3)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    (got,) = torch.autograd.grad(
-        sparse_conv2d(x, *rows_of(weight), 3, groups=2).square().sum(), x
-    )
+    (got,) = torch.autograd.grad(sparse_conv2d(x, *rows_of(weight), 3, groups=2).square().sum(), x)
     (wanted,) = torch.autograd.grad(F.conv2d(x, weight, groups=2).square().sum(), x)
     torch.testing.assert_close(got, wanted)

@@ -107,10 +107,8 @@ def rows_weight(
     return weight.index_put((row, columns.long()), values.float(), accumulate=True)
 
 
-def blocks_weight(
-    starts: Tensor, columns: Tensor, values: Tensor, out: int, width: int
-) -> Tensor:
-    """W [out, width] float: block j holds R rows of column columns[j], from R · its block row on."""
+def blocks_weight(starts: Tensor, columns: Tensor, values: Tensor, out: int, width: int) -> Tensor:
+    """W [out, width] float: block j holds R rows of column columns[j], from row R · b on."""
     rows = values.shape[1]
     weight = values.new_zeros(len(starts) - 1, width, rows, dtype=torch.float32)
     at = (row_of_each(starts, len(columns)), columns.long())

@@ -50,10 +50,10 @@ class Blocks(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-    """Masks [out, ⌈in / 16⌉] uint16, bit i % 16 for column i; the kept values in order; their starts.
+    """Masks [out, ⌈in / 16⌉] uint16, bit i % 16 for column i; starts; the kept values in order.
 
-    starts: [out, ⌈in / 128⌉] int32, how many values precede each 128 columns; values: [n] float32 or
-    float16.
+    starts: [out, ⌈in / 128⌉] int32, how many values precede each 128 columns; values: [n] float32
+    or float16.
     """
 
     masks: Tensor
@@ -69,7 +69,7 @@ def pack_rows(positions: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor
     """
     out, columns = shape[0], math.prod(shape[1:])
     flat = positions.long()
-    if len(flat) and not (0 <= int(flat[0]) and int(flat[-1]) < out * columns):
+    if len(flat) and not (int(flat[0]) >= 0 and int(flat[-1]) < out * columns):
         raise ValueError(f"pack_rows: positions must lie in [0, {out * columns})")
     if bool((flat.diff() <= 0).any()):
         raise ValueError("pack_rows: positions must rise")
@@ -106,7 +106,7 @@ def pack_blocks(weight: Tensor, rows: int) -> Blocks:
     out, width = weight.shape
     if width > 2**16:
         raise ValueError(f"pack_blocks: at most 65536 columns, got {width}; use rows")
-    padded = F.pad(weight, (0, 0, 0, -out % rows)).reshape(-1, rows, width)
+    padded = F.pad(weight, (0, 0, 0, -out % rows)).reshape(-(-out // rows), rows, width)
     kept = (padded != 0).any(1)
     starts, columns = pack_rows(kept.flatten().nonzero().squeeze(1), tuple(kept.shape))
     return Blocks(starts, columns, padded.transpose(1, 2)[kept].contiguous())
@@ -118,7 +118,7 @@ def pack_bitmap(mask: Tensor) -> tuple[Tensor, Tensor]:
     bits = F.pad(mask, (0, -width % 128)).reshape(out, -(-width // 128), 8, 16)
     weights = 2 ** torch.arange(16, device=mask.device, dtype=torch.int32)
     words = (bits * weights).sum(3, dtype=torch.int32)
-    masks = words.reshape(out, -1)[:, : -(-width // 16)].to(torch.uint16).contiguous()
+    masks = words.flatten(1)[:, : -(-width // 16)].to(torch.uint16).contiguous()
     counts = bits.sum((2, 3))
     starts = counts.flatten().cumsum(0).reshape(counts.shape) - counts
     return masks, starts.int()

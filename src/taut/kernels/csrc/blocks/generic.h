@@ -14,7 +14,7 @@ namespace {
 inline F16 load_values(const float* p) { return F16::load(p); }
 inline F16 load_values(const uint16_t* p) { return load_halves(p); }
 
-constexpr int64_t kBlockChain = 64;  // blocks after which a sum is started anew
+constexpr int64_t kBlockChain = 32;  // blocks after which a sum is started anew
 
 template <int R, class T>
 struct Blocks {
@@ -85,7 +85,9 @@ struct Blocks {
   // to[i · width + …] = four rows times 16 · Strips samples of a panel, samples side by side.
   template <int Strips>
   void four_rows(int64_t b, const float* panel, int64_t width, float* to) const {
-    for (int64_t i = 0; i < 4 * Strips; ++i) F16::zero().store(to + i / Strips * width + i % Strips * 16);
+    for (int i = 0; i < 4; ++i) {
+      for (int s = 0; s < Strips; ++s) F16::zero().store(to + i * width + 16 * s);
+    }
     float room[4 * kBlockChain];
     for (int64_t j = op.starts[b], end = op.starts[b + 1]; j < end;) {
       const int64_t n = std::min(end - j, kBlockChain);
@@ -95,7 +97,8 @@ struct Blocks {
       } else {
         for (int64_t i = 0; i < n; i += 4) {
           T aside[16] = {};
-          std::memcpy(aside, values + 4 * (j + i), size_t(std::min<int64_t>(n - i, 4)) * 4 * sizeof(T));
+          const size_t weights = size_t(std::min<int64_t>(n - i, 4)) * 4;
+          std::memcpy(aside, values + 4 * (j + i), weights * sizeof(T));
           load_values(aside).store(room + 4 * i);
         }
         v = room;

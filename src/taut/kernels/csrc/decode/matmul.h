@@ -186,8 +186,11 @@ void decoded_matmul(const Decoder& decoder, const Product& p, const taut::Parall
       for (int64_t o = 0; o < p.out; ++o) p.y[n * p.y_stride + o] = 0;
     }
   } else if (p.batch <= kDirectBatch) {
-    const int64_t grain = 1 + 32768 / p.in;
-    parallel(p.out, grain, [&](int64_t begin, int64_t end) {
+    // Fours of rows are never split: sums of four and of one are added up in another order, and
+    // the number of threads must not show.
+    const int64_t grain = 1 + 8192 / p.in;
+    parallel((p.out + 3) / 4, grain, [&](int64_t first, int64_t last) {
+      const int64_t begin = 4 * first, end = 4 * last < p.out ? 4 * last : p.out;
       if (p.batch == 4) return direct_rows<4>(decoder, p, begin, end, 0);
       if (p.batch & 2) direct_rows<2>(decoder, p, begin, end, 0);
       if (p.batch & 1) direct_rows<1>(decoder, p, begin, end, p.batch & 2);

@@ -36,7 +36,7 @@ inline ConvPlan plan_conv(const taut::SparseConv& op) {
   p.image = op.channels * p.phases[0] * p.phases[1] * p.plane;
   p.images = 1;
   if (p.band == op.out_size[0]) {
-    p.images = std::clamp<int64_t>(most / std::max<int64_t>(p.image, 1), 1, op.batch);
+    p.images = std::max<int64_t>(std::min(most / std::max<int64_t>(p.image, 1), op.batch), 1);
   }
   return p;
 }

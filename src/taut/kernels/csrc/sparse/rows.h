@@ -68,7 +68,8 @@ auto read_sixteen(const Read& read, const void* array, int64_t j, int64_t count)
   return read(aside);
 }
 
-constexpr int64_t kTerms = 64;  // read at once; a sum is also started anew after as many
+// Read at once; a sum is also started anew after as many, sooner where there are fewer sums.
+constexpr int64_t kTerms = 32 * kPanels;
 
 // Values of the terms j … j + n - 1, in `room` (a multiple of sixteen) unless they are floats.
 inline const float* read_values(const taut::SparseRows& rows, int64_t j, int64_t n, float* room) {
