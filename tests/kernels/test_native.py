@@ -36,6 +36,6 @@ def test_every_operation_runs_somewhere_and_has_a_definition() -> None:
         assert native.variants(op, ())[-1] == "portable"
         assert hasattr(torch.ops.taut, op)
         assert hasattr(reference, op)
-    with pytest.raises(RuntimeError, match=r"no operation is called add; there are lookup_matmul"):
+    with pytest.raises(RuntimeError, match="no operation is called add; there are"):
         native.variants("add")
     assert "PyTorch" in native.build()

@@ -1,21 +1,26 @@
 """One function per operation on packed weights, named for its arithmetic.
 
 Each is defined in plain PyTorch by `reference.py` and runs in C++ (csrc/) where that was built;
-the two must agree.
+the two must agree. `sparse_matmul` here is the definition on positions; the kernel on compressed
+rows is `sparse.sparse_matmul`.
 """
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
 from taut.kernels.cells import gru_cell, lstm_cell
 from taut.kernels.lookup import lookup_matmul
 from taut.kernels.reference import sparse_matmul
+from taut.kernels.sparse import bitmap_matmul, block_matmul, sparse_conv2d
 
 __all__ = [
     "BitWeights",
     "Levels",
+    "bitmap_matmul",
     "bitplane_conv2d",
     "bitplane_matmul",
+    "block_matmul",
     "gru_cell",
     "lookup_matmul",
     "lstm_cell",
+    "sparse_conv2d",
     "sparse_matmul",
 ]

@@ -196,7 +196,7 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
         if not x.is_floating_point():
             raise ValueError(f"{op}: without levels x must hold floats, not {x.dtype}")
         if not native.runs(x, weights.bits, weights.scale):
-            return reference.bitplane_matmul(x, weights.dense().to(x.dtype))
+            return reference.bitplane_real(x, weights.dense().to(x.dtype))
         y: Tensor = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
         return y.reshape(*x.shape[:-1], out).to(x.dtype)
     if not _counts(op, x, weights, levels):

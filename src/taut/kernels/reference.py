@@ -39,6 +39,11 @@ def bitplane_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def bitplane_real(x: Tensor, weight: Tensor) -> Tensor:
+    """y[..., o] = Σ_i x[..., i] · W[o, i] of weights that were decoded from their bits."""
+    return F.linear(x, weight)
+
+
 def bitplane_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -70,3 +75,45 @@ def gru_cell(i: Tensor, h: Tensor, state: Tensor) -> Tensor:
     (i_r, i_z, i_n), (h_r, h_z, h_n) = i.chunk(3, -1), h.chunk(3, -1)
     new = (i_n + (i_r + h_r).sigmoid() * h_n).tanh()
     return new + (i_z + h_z).sigmoid() * (state - new)
+def rows_weight(
+    starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    width: int,
+    scale: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
+    """W [out, width] float of compressed rows: W[o, columns[j]] = the sum of such values of row o.
+
+    values: floats; int8 with a scale for each row; or uint8 indices into a table.
+    """
+    row = row_of_each(starts, len(columns))
+    if table is not None:
+        values = table[values.long()]
+    elif scale is not None:
+        values = values * scale[row]
+    weight = values.new_zeros(len(starts) - 1, width, dtype=torch.float32)
+    return weight.index_put((row, columns.long()), values.float(), accumulate=True)
+
+
+def blocks_weight(
+    starts: Tensor, columns: Tensor, values: Tensor, out: int, width: int
+) -> Tensor:
+    """W [out, width] float: block j holds R rows of column columns[j], from R · its block row on."""
+    rows = values.shape[1]
+    weight = values.new_zeros(len(starts) - 1, width, rows, dtype=torch.float32)
+    at = (row_of_each(starts, len(columns)), columns.long())
+    weight = weight.index_put(at, values.float(), accumulate=True)
+    return weight.transpose(1, 2).flatten(0, 1)[:out]
+
+
+def bitmap_weight(mask: Tensor, values: Tensor) -> Tensor:
+    """W float: the values, in order, where the mask is set; zeros elsewhere."""
+    weight = values.new_zeros(mask.shape, dtype=torch.float32)
+    return weight.masked_scatter(mask, values.float())
+
+
+def row_of_each(starts: Tensor, count: int) -> Tensor:
+    """The row of each stored value: [count] int64."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff().long(), output_size=count)

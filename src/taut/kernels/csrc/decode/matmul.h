@@ -74,12 +74,12 @@ void direct(const Decoder& decoder, const Product& p, int64_t o, int64_t n) {
   }
   for (int j = 0; j < Batch; ++j) {
     float* y = p.y + (n + j) * p.y_stride + o;
-    if constexpr (Rows == 4) {
-      F16 each[4];
-      for (int r = 0; r < 4; ++r) each[r] = sum[r][j][0] + sum[r][j][1];
-      float total[4];
-      sums(each, total);
-      for (int r = 0; r < 4; ++r) y[r] = total[r];
+    if constexpr (Rows % 4 == 0) {
+      for (int four = 0; four < Rows; four += 4) {
+        F16 each[4];
+        for (int r = 0; r < 4; ++r) each[r] = sum[four + r][j][0] + sum[four + r][j][1];
+        sums(each, y + four);
+      }
     } else {
       for (int r = 0; r < Rows; ++r) y[r] = (sum[r][j][0] + sum[r][j][1]).sum();
     }
@@ -88,8 +88,9 @@ void direct(const Decoder& decoder, const Product& p, int64_t o, int64_t n) {
 
 template <int Batch, class Decoder>
 void direct_rows(const Decoder& decoder, const Product& p, int64_t begin, int64_t end, int64_t n) {
+  constexpr int kRows = Batch == 1 ? kDirectRows : 4;
   int64_t o = begin;
-  for (; o + 4 <= end; o += 4) direct<4, Batch>(decoder, p, o, n);
+  for (; o + kRows <= end; o += kRows) direct<kRows, Batch>(decoder, p, o, n);
   for (; o < end; ++o) direct<1, Batch>(decoder, p, o, n);
 }
 

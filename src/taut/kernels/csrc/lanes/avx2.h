@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int kPanels = 1;
+constexpr int kDirectRows = 4;
 constexpr int kTileBatch = 6;
 
 inline __m256i first_lanes(int64_t n) {
@@ -217,12 +218,75 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
   }
 }
 
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) half[i] = _mm256_add_ps(v[i].lo, v[i].hi);
   const __m256 pair =
       _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1)));
+}
+
+inline I16 minimum(I16 a, I16 b) {
+  return {_mm256_min_epu32(a.lo, b.lo), _mm256_min_epu32(a.hi, b.hi)};
+}
+
+inline F16 as_floats(I16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+
+inline F16 load_signed_bytes(const int8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(raw, 8)))};
+}
+
+inline F16 load_halves(const uint16_t* p) {
+  const auto* words = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(words)), _mm256_cvtph_ps(_mm_loadu_si128(words + 1))};
+}
+
+// For each mask of eight lanes: which of the kept values a lane takes, and 128 where it takes none.
+struct Expansions {
+  uint8_t from[256][8];
+  constexpr Expansions() : from{} {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int i = 0, next = 0; i < 8; ++i) {
+        from[mask][i] = mask >> i & 1 ? uint8_t(next++) : uint8_t(128);
+      }
+    }
+  }
+};
+inline constexpr Expansions kExpansions;
+
+inline __m256 expand(__m256 kept, uint32_t mask) {
+  const auto* raw = reinterpret_cast<const __m128i*>(kExpansions.from[mask & 255]);
+  const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(raw));
+  const __m256 none = _mm256_castsi256_ps(_mm256_srai_epi32(from, 31));
+  return _mm256_andnot_ps(none, _mm256_permutevar8x32_ps(kept, from));
+}
+
+inline F16 expand(F16 kept, uint32_t mask) {
+  // The upper lanes start after as many values as the lower ones took.
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const int taken = __builtin_popcount(mask & 255);
+  const __m256i at = _mm256_add_epi32(lane, _mm256_set1_epi32(taken));
+  const __m256 low = _mm256_permutevar8x32_ps(kept.lo, at);
+  const __m256 high = _mm256_permutevar8x32_ps(kept.hi, at);
+  const __m256 beyond = _mm256_castsi256_ps(_mm256_cmpgt_epi32(at, _mm256_set1_epi32(7)));
+  return {expand(kept.lo, mask), expand(_mm256_blendv_ps(low, high, beyond), mask >> 8)};
+}
+
+inline F16 spread(float a, float b, float c, float d) {
+  return {_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)),
+          _mm256_set_m128(_mm_set1_ps(d), _mm_set1_ps(c))};
+}
+
+inline void fold(F16 a, float (&out)[4]) {
+  const __m256 s = _mm256_add_ps(a.lo, a.hi);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+inline bool any(I16 a) {
+  const __m256i both = _mm256_or_si256(a.lo, a.hi);
+  return !_mm256_testz_si256(both, both);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kPanels = 2;
+constexpr int kDirectRows = 8;
 constexpr int kTileBatch = 12;
 
 inline __mmask16 first_lanes(int64_t n) {
@@ -167,7 +168,7 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
   }
 }
 
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   __m256 half[4];
   for (int i = 0; i < 4; ++i) {
     half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i].v), _mm512_extractf32x8_ps(v[i].v, 1));
@@ -176,5 +177,35 @@ inline void sums(const F16 (&v)[4], float (&out)[4]) {
       _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1)));
 }
+
+inline I16 minimum(I16 a, I16 b) { return {_mm512_min_epu32(a.v, b.v)}; }
+
+inline F16 as_floats(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+inline F16 load_signed_bytes(const int8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw))};
+}
+
+inline F16 load_halves(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+inline F16 expand(F16 kept, uint32_t mask) {
+  return {_mm512_maskz_expand_ps(__mmask16(mask), kept.v)};
+}
+
+inline F16 spread(float a, float b, float c, float d) {
+  const __m512i quarter = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return {_mm512_permutexvar_ps(quarter, _mm512_castps128_ps512(_mm_setr_ps(a, b, c, d)))};
+}
+
+inline void fold(F16 a, float (&out)[4]) {
+  const __m256 s =
+      _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+inline bool any(I16 a) { return _mm512_test_epi32_mask(a.v, a.v) != 0; }
 
 }  // namespace

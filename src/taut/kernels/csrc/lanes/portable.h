@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kPanels = 1;     // F16 registers across the outputs of a tile (decode/matmul.h)
+constexpr int kDirectRows = 4;  // rows at a time for one sample
 constexpr int kTileBatch = 4;  // samples of a tile
 
 struct F16 {
@@ -160,8 +161,68 @@ inline void transpose(const float* in, int64_t in_stride, float* out, int64_t ou
 }
 
 // The sums of four vectors.
-inline void sums(const F16 (&v)[4], float (&out)[4]) {
+inline void sums(const F16 (&v)[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = v[i].sum();
+}
+
+// The smaller of two unsigned numbers, lane by lane.
+inline I16 minimum(I16 a, I16 b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+
+// The same bits, read as floats.
+inline F16 as_floats(I16 a) {
+  F16 r;
+  std::memcpy(&r.v, &a.v, 64);
+  return r;
+}
+
+inline F16 load_signed_bytes(const int8_t* p) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+  return r;
+}
+
+// Sixteen IEEE half-precision numbers. Multiplying by 2**112 moves the exponent and makes
+// subnormals normal; what has the highest exponent (infinite or no number) gets float's.
+inline F16 load_halves(const uint16_t* p) {
+  const I16 half = I16::load_shorts(p);
+  const I16 magnitude = (half & I16::all(0x7fff)) << 13;
+  F16 r = as_floats(magnitude) * F16::all(0x1p112f);
+  I16 special = I16::all(0);
+  for (int i = 0; i < 16; ++i) special.v[i] = magnitude.v[i] >= 0x0f800000u ? 0x7f800000u : 0;
+  I16 raw;
+  std::memcpy(&raw.v, &r.v, 64);
+  return flip_signs(as_floats(raw | special), half << 16);
+}
+
+// Spreads the first lanes, in order, over those whose bit is set; the others become zero.
+inline F16 expand(F16 kept, uint32_t mask) {
+  F16 r = F16::zero();
+  for (int i = 0, from = 0; i < 16; ++i) {
+    if (mask >> i & 1) r.v[i] = kept.v[from++];
+  }
+  return r;
+}
+
+// Each of four floats in four lanes side by side.
+inline F16 spread(float a, float b, float c, float d) {
+  F16 r;
+  for (int i = 0; i < 4; ++i) r.v[i] = a, r.v[4 + i] = b, r.v[8 + i] = c, r.v[12 + i] = d;
+  return r;
+}
+
+// out[i] = the sum of lanes i, 4 + i, 8 + i, 12 + i.
+inline void fold(F16 a, float (&out)[4]) {
+  for (int i = 0; i < 4; ++i) out[i] = (a.v[i] + a.v[8 + i]) + (a.v[4 + i] + a.v[12 + i]);
+}
+
+// Whether any bit is set.
+inline bool any(I16 a) {
+  uint32_t all = 0;
+  for (int i = 0; i < 16; ++i) all |= a.v[i];
+  return all != 0;
 }
 
 }  // namespace

@@ -1,0 +1,6 @@
+#include "lanes/portable.h"
+#include "bitmap/generic.h"
+
+void taut::bitmap_matmul_portable(const BitmapMatmul& op, const Parallel& parallel) {
+  ::bitmap_matmul(op, parallel);
+}

@@ -1,0 +1,10 @@
+#include "lanes/avx2.h"
+#include "sparse/generic.h"
+
+void taut::sparse_matmul_avx2(const SparseMatmul& op, const Parallel& parallel) {
+  ::sparse_matmul(op, parallel);
+}
+
+void taut::sparse_conv2d_avx2(const SparseConv& op, const Parallel& parallel) {
+  ::sparse_conv2d(op, parallel);
+}

@@ -1,0 +1,10 @@
+#include "lanes/portable.h"
+#include "sparse/generic.h"
+
+void taut::sparse_matmul_portable(const SparseMatmul& op, const Parallel& parallel) {
+  ::sparse_matmul(op, parallel);
+}
+
+void taut::sparse_conv2d_portable(const SparseConv& op, const Parallel& parallel) {
+  ::sparse_conv2d(op, parallel);
+}
