@@ -2,6 +2,7 @@
 #include <torch/headeronly/version.h>
 
 #include "binding/check.h"
+#include "scratch.h"
 
 std::vector<taut::Operation>& taut::operations() {
   static std::vector<Operation> all;
@@ -35,6 +36,8 @@ std::string build() {
 
 int64_t machine_flags() { return taut::machine_flags(); }
 
+int64_t scratch_bytes() { return taut::scratch_bytes(); }
+
 void restrict_flags(int64_t allowed) { taut::restrict_flags(uint32_t(allowed)); }
 
 }  // namespace
@@ -44,6 +47,7 @@ STABLE_TORCH_LIBRARY(taut, m) {
   m.def("variants(str op, int flags) -> str");
   m.def("build() -> str");
   m.def("machine_flags() -> int");
+  m.def("scratch_bytes() -> int");
   m.def("restrict_flags(int allowed) -> ()");
 }
 
@@ -52,5 +56,6 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {
   m.impl("variants", TORCH_BOX(&variants));
   m.impl("build", TORCH_BOX(&build));
   m.impl("machine_flags", TORCH_BOX(&machine_flags));
+  m.impl("scratch_bytes", TORCH_BOX(&scratch_bytes));
   m.impl("restrict_flags", TORCH_BOX(&restrict_flags));
 }

@@ -1,0 +1,37 @@
+#include "scratch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace taut {
+namespace {
+
+std::atomic<int64_t> held{0};
+
+struct Kept {
+  void* at = nullptr;
+  size_t size = 0;
+
+  void resize(size_t to) {
+    std::free(at);
+    held -= int64_t(size);
+    at = to == 0 ? nullptr : std::aligned_alloc(64, to);
+    size = at == nullptr ? 0 : to;
+    held += int64_t(size);
+    if (to > 0 && at == nullptr) throw std::bad_alloc();
+  }
+  ~Kept() { resize(0); }
+};
+
+}  // namespace
+
+void* scratch_memory(int slot, size_t bytes) {
+  static thread_local Kept kept[3];
+  if (bytes > kept[slot].size) kept[slot].resize((bytes + 4095) / 4096 * 4096);
+  return kept[slot].at;
+}
+
+int64_t scratch_bytes() { return held; }
+
+}  // namespace taut
