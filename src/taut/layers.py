@@ -59,6 +59,8 @@ class Packed(nn.Module):
         """Choose how the layer runs; what was decoded is dropped."""
         self.runs_dense = dense
         self._decoded.clear()
+        for weight in self.packed.children():
+            cast(PackedWeight, weight).forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._decoded.clear()

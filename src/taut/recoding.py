@@ -105,11 +105,25 @@ class PackedWeight(nn.Module, ABC):
         """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""
         return self.dense()[index]
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """One-dimensional values as sparse products read them.
+
+        Floats and None, or uint8 indices and the float32 table that they point into.
+        """
+        return self.dense(), None
+
     def count_nonzero(self) -> int:
         """How many of its numbers are not zero."""
         return int(self.dense().count_nonzero())
 
+    def forget(self) -> None:
+        """Drop what was computed from the parts and kept for speed; they may have changed."""
+        for child in self.nested().values():
+            child.forget()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget()
+
         def keep_dtype(part: Tensor) -> Tensor:
             moved = fn(part)
             return moved if moved.dtype is part.dtype else part.to(moved.device)
@@ -222,6 +236,9 @@ class Plain(PackedWeight):
 
     def dense(self) -> Tensor:
         return self.values.float() if self.values.is_floating_point() else self.values
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        return self.values if self.values.is_floating_point() else self.dense(), None
 
 
 # ---- trainable forms ------------------------------------------------------------------------

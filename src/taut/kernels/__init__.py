@@ -1,16 +1,14 @@
 """One function per operation on packed weights, named for its arithmetic.
 
 Each is defined in plain PyTorch by `reference.py` and runs in C++ (csrc/) where that was built;
-the two must agree. `sparse_matmul` here is the definition on positions; the kernel on compressed
-rows is `sparse.sparse_matmul`.
+the two must agree.
 """
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
 from taut.kernels.cells import gru_cell, lstm_cell
 from taut.kernels.hashed import hashed_matmul, hashed_weight
 from taut.kernels.lookup import lookup_matmul, lookup_matmul_int8
-from taut.kernels.reference import sparse_matmul
-from taut.kernels.sparse import bitmap_matmul, block_matmul, sparse_conv2d
+from taut.kernels.sparse import bitmap_matmul, block_matmul, sparse_conv2d, sparse_matmul
 
 __all__ = [
     "BitWeights",

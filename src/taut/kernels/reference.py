@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,17 +31,6 @@ def lookup_matmul_int8(x: Tensor, index: Tensor, table: Tensor, scale: Tensor) -
     of_row = torch.arange(len(index), device=index.device)[:, None] % table.shape[0]
     total = F.linear(x.double(), table[of_row, index.long()].double())
     return total.float() * scale
-
-
-def sparse_matmul(x: Tensor, positions: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """y[..., o] = Σ_i x[..., i] · W[o, i], where W is zero but for W.flat[positions] = values.
-
-    x: [..., in] float; positions: [n] integers, rising; values: [n] float; shape: of W, whose
-    dimensions after the first are joined.
-    """
-    flat = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
-    flat[positions.long()] = values
-    return F.linear(x, flat.reshape(shape[0], -1).to(x.dtype))
 
 
 def bitplane_matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -86,6 +74,8 @@ def gru_cell(i: Tensor, h: Tensor, state: Tensor) -> Tensor:
     (i_r, i_z, i_n), (h_r, h_z, h_n) = i.chunk(3, -1), h.chunk(3, -1)
     new = (i_n + (i_r + h_r).sigmoid() * h_n).tanh()
     return new + (i_z + h_z).sigmoid() * (state - new)
+
+
 def rows_weight(
     starts: Tensor,
     columns: Tensor,
@@ -126,6 +116,7 @@ def row_of_each(starts: Tensor, count: int) -> Tensor:
     """The row of each stored value: [count] int64."""
     rows = torch.arange(len(starts) - 1, device=starts.device)
     return rows.repeat_interleave(starts.diff().long(), output_size=count)
+
 
 _32_BITS = 0xFFFFFFFF
 

@@ -155,9 +155,9 @@ class SharedValues(PackedWeight):
             self._floats = F.pad(table, (0, 2**self.bits - len(table)))
         return self._floats
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def forget(self) -> None:
+        super().forget()
         self._floats = None
-        return super()._apply(fn, recurse)
 
     def meta(self) -> Meta:
         return {"entries": self.table.numel}
@@ -188,6 +188,9 @@ class SharedValues(PackedWeight):
         columns = math.prod(self.shape[1:])
         picked = unpack_indices(self.codes[index.flatten()], self.bits, columns)
         return self.table.dense()[picked.int()].reshape(*index.shape, *self.shape[1:])
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        return (self.codes, self.float_table()) if len(self.shape) == 1 else super().operands()
 
     def count_nonzero(self) -> int:
         return int((self.table.dense() != 0)[self.index.int()].sum())
