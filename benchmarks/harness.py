@@ -16,10 +16,15 @@ from rich.table import Table
 
 from taut.compress import machine, versions
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One stated figure: what was measured, what is asked of it, and the paper's own."""
+    """One stated figure: what was measured, what is asked of it, and what stands beside it.
+
+    paper: the paper's own figure, or whatever else the benchmark's column is for.
+    """
 
     name: str
     paper: str
@@ -34,9 +39,12 @@ class Figure:
         return self.ours <= self.asked if self.at_most else self.ours >= self.asked
 
 
-def run(title: str, measure: Callable[[argparse.Namespace], list[Figure]]) -> None:
+def run(
+    title: str, measure: Callable[[argparse.Namespace], list[Figure]], beside: str = "paper"
+) -> None:
     """Parse the options, measure, print the table, and keep or check the figures as asked.
 
+    beside: the heading of the column with what each figure is compared with.
     --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
     naming the figure, when one falls short. --seed: of everything random. --only: some rows.
     """
@@ -50,10 +58,12 @@ def run(title: str, measure: Callable[[argparse.Namespace], list[Figure]]) -> No
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     figures = measure(options)
-    Console().print(_table(title, figures))
+    Console().print(_table(title, figures, beside))
     if options.json:
         record: dict[str, Any] = {
             "title": title,
+            "script": Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
+            "beside": beside,
             "quick": options.quick,
             "seed": options.seed,
             "versions": versions(),
@@ -67,9 +77,9 @@ def run(title: str, measure: Callable[[argparse.Namespace], list[Figure]]) -> No
         sys.exit(f"falls short: {', '.join(short)}")
 
 
-def _table(title: str, figures: list[Figure]) -> Table:
+def _table(title: str, figures: list[Figure], beside: str) -> Table:
     table = Table(title=title)
-    for column in ("figure", "paper", "asked", "ours", ""):
+    for column in ("figure", beside, "asked", "ours", ""):
         table.add_column(column, justify="left" if column in ("figure", "") else "right")
     for f in figures:
         asked = f"{'≤' if f.at_most else '≥'} {f.asked:,.6g}{f.unit}"

@@ -30,14 +30,14 @@ def rows(record: dict[str, Any]) -> list[str]:
 def table(records: dict[str, dict[str, Any]]) -> str:
     """The README's section for all records, by the name of their file."""
     parts = []
-    for name, record in records.items():
+    for record in records.values():
         machine, versions = record["machine"], record["versions"]
         parts += [
-            f"{record['title']}; `python benchmarks/papers/{name}.py` (seed {record['seed']}, "
+            f"{record['title']}; `python {record['script']}` (seed {record['seed']}, "
             f"{machine['processor']}, {machine['threads']} threads, PyTorch {versions['torch']}).",
-            "Bytes are those of the written file.",
+            *(["Bytes are those of the written file."] if record["beside"] == "paper" else []),
             "",
-            "| figure | paper | asked | Taut |",
+            f"| figure | {record['beside']} | asked | Taut |",
             "|---|---|---|---|",
             *rows(record),
             "",

@@ -1,6 +1,8 @@
 #include "cpu.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 namespace taut {
 namespace {
@@ -31,6 +33,22 @@ std::atomic<uint32_t> allowed{~0u};
 uint32_t machine_flags() {
   static const uint32_t flags = read_flags();
   return flags;
+}
+
+double clock_ghz() {
+  constexpr int64_t kSteps = 10'000'000;
+  double best = 0;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    uint64_t x = 0;
+    for (int64_t i = 0; i < kSteps; ++i) {
+      x += 1;
+      asm volatile("" : "+r"(x));
+    }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(kSteps) / took.count() * 1e-9);
+  }
+  return best;
 }
 
 uint32_t cpu_flags() { return machine_flags() & allowed.load(std::memory_order_relaxed); }

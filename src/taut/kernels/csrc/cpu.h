@@ -19,6 +19,9 @@ enum Cpu : uint32_t {
 // The flags of this machine, read once.
 uint32_t machine_flags();
 
+// The clock in GHz, by timing additions that wait for one another: a cycle each.
+double clock_ghz();
+
 // The flags in force: the machine's, or fewer after restrict_flags (for tests).
 uint32_t cpu_flags();
 void restrict_flags(uint32_t allowed);

@@ -36,6 +36,8 @@ std::string build() {
 
 int64_t machine_flags() { return taut::machine_flags(); }
 
+double clock_ghz() { return taut::clock_ghz(); }
+
 int64_t scratch_bytes() { return taut::scratch_bytes(); }
 
 void restrict_flags(int64_t allowed) { taut::restrict_flags(uint32_t(allowed)); }
@@ -47,6 +49,7 @@ STABLE_TORCH_LIBRARY(taut, m) {
   m.def("variants(str op, int flags) -> str");
   m.def("build() -> str");
   m.def("machine_flags() -> int");
+  m.def("clock_ghz() -> float");
   m.def("scratch_bytes() -> int");
   m.def("restrict_flags(int allowed) -> ()");
 }
@@ -56,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(taut, CompositeExplicitAutograd, m) {
   m.impl("variants", TORCH_BOX(&variants));
   m.impl("build", TORCH_BOX(&build));
   m.impl("machine_flags", TORCH_BOX(&machine_flags));
+  m.impl("clock_ghz", TORCH_BOX(&clock_ghz));
   m.impl("scratch_bytes", TORCH_BOX(&scratch_bytes));
   m.impl("restrict_flags", TORCH_BOX(&restrict_flags));
 }
