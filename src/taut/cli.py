@@ -266,7 +266,7 @@ def _table(found: dict[str, Measurement]) -> Table:
         cells = [form.format(v) for v in values]
         if len(values) > 1:
             cells.append(f"{values[0] / values[1]:.1f}×" if ratio and values[1] else "")
-        table.add_row(label, *cells)
+        table.add_row(Text(label), *cells)
 
     each = list(found.values())
     row("score", [m.score for m in each], "{:.4f}", ratio=False)
@@ -283,9 +283,9 @@ def _table(found: dict[str, Measurement]) -> Table:
 
 
 def _choices(choices: list[Choice], network: str) -> Table:
-    table = Table(title="How each packed layer runs: the faster way, by measurement")
+    table = Table(title="How each packed layer runs: the faster way")
     table.add_column("layer", overflow="fold")
-    for column in ("batch", "threads", "packed [ms]", "dense [ms]", "runs"):
+    for column in ("batch", "threads", r"packed \[ms]", r"dense \[ms]", "runs"):
         table.add_column(column, justify="right", no_wrap=True)
     for c in choices:
         way = "[bold green]packed[/]" if c.runs_packed else "dense"
