@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import runs
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -74,6 +75,18 @@ def trained():
 @pytest.fixture(autouse=True)
 def _the_same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recipe_run(tmp_path_factory):
+    """A finished run by a recipe and its original, for all who read what it left."""
+    return runs.by_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def goal_run(tmp_path_factory):
+    """The same, to a goal that is not met."""
+    return runs.to_a_goal(tmp_path_factory.mktemp("goal"))
 
 
 TASK = """

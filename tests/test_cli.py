@@ -26,7 +26,8 @@ def test_compress_shows_the_table_and_names_its_files(compressed):
     folder, output = compressed
     size = (folder / "net.taut").stat().st_size
     assert f"{size:,}" in output
-    assert "latency, batch 1, 1 thread, pytorch" in output
+    assert "latency, batch 1, 1 thread, pytorch [ms]" in output
+    assert "peak memory of a forward [bytes]" in output
     assert (folder / "report.html").is_file()
     for name in ("net.taut", "report.html"):
         assert str(folder / name) in output.replace("\n", "")
@@ -41,6 +42,24 @@ def test_measure_reads_the_file_back_to_the_same_score(compressed, task_file):
     assert found["net.taut"]["score"] == promised["score"]
     assert found["net.taut"]["size_bytes"] == (folder / "net.taut").stat().st_size
     assert found["original"]["score"] == record["original"]["score"]
+
+
+def test_measure_tells_how_each_layer_runs(compressed, task_file, monkeypatch):
+    monkeypatch.setattr(taut.cli.out, "width", 100)
+    text = run("measure", task_file, compressed[0] / "net.taut").output
+    table = text[text.index("How each packed layer runs") :]
+    assert "packed [ms]" in table
+    rows = [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")]
+    assert [row[:3] for row in rows] == [[n, b, "1"] for b in ("1", "64") for n in "035"]
+    for _, _, _, packed, dense, runs in rows:
+        assert runs in ("packed", "dense")
+        assert packed == dense or (float(packed) < float(dense)) == (runs == "packed")
+
+
+def test_measure_of_the_original_alone_has_no_layers_to_choose_for(task_file):
+    assert "How each packed layer runs" not in run("measure", task_file).output
+    found = json.loads(run("measure", task_file, "--json").stdout)
+    assert found["original"]["choices"] == []
 
 
 def test_inspect_accounts_for_every_byte(compressed):

@@ -42,9 +42,9 @@ def test_the_readmes_commands_parse():
         assert taut.Goal.parse(text) if kind == "goal" else taut.Recipe.parse(text)
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task):
+def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task, capsys):
     monkeypatch.chdir(tmp_path)
-    _, compress, own_loop = blocks("README.md", "python")
+    _, compress, own_loop, tune = blocks("README.md", "python")
     names = {
         "taut": taut,
         "net": trained,
@@ -56,6 +56,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task):
     exec(compress.replace("bytes<=3%, score>=-0.2%", "share_values(bits=4)"), names)
     assert names["result"].ratio > 6
     assert torch.equal(names["net"][0].bias, names["result"].model[0].bias)
+    exec(tune, {**names, "example": torch.zeros(1, 64)})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "3", "5"]
     names["net"] = small_net()
     names["optimizer"] = torch.optim.SGD(names["net"].parameters(), lr=0.1)
     exec(own_loop, names)

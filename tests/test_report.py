@@ -1,4 +1,4 @@
-"""The report: its numbers against independent ones, and the page that shows them."""
+"""The page that shows a report's numbers."""
 
 import html
 import json
@@ -11,226 +11,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from runs import HOSTILE, Run
+from torch import nn
 
 import taut
-from taut import report
+from taut import report, report_data
 from taut.errors import RunError
-from taut.recoding import Plain
-from taut.report import ReportData, Row, format_change, report_data, write_report
-from taut.techniques.share_values import SharedValues
+from taut.report import format_change, write_report
+from taut.report_data import LayerRow, LayersAt, ReportData, Row
 from taut.types import Candidate, Measurement
 
-RECIPE = (
-    "prune_weights(sparsity=0.8, scope='layer') > recover(epochs=2) > share_values(bits=4) > "
-    "recover(epochs=1)"
-)
-HOSTILE = "</script><b>bold & brash</b>"
 POINT = "\N{MINUS SIGN}1.00 points"
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def digits() -> dict[str, Batches]:
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32) / 16
-    y = torch.tensor(labels)
-    pairs = list(zip(x.split(100), y.split(100), strict=True))
-    return {"train": pairs[:12], "test": pairs[12:]}
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return network()
+def result(recipe_run: Run) -> taut.Result:
+    return recipe_run[0]
 
 
 @pytest.fixture(scope="module")
-def result(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> taut.Result:
-    task = taut.Task(**digits(), name=f"digits {HOSTILE}")
-    return taut.compress(model, task, RECIPE, folder=tmp_path_factory.mktemp("run"))
+def model(recipe_run: Run) -> nn.Module:
+    return recipe_run[1]
 
 
 @pytest.fixture(scope="module")
-def data(result: taut.Result, model: nn.Module) -> ReportData:
-    return report_data(result, model)
+def data(recipe_run: Run) -> ReportData:
+    return report_data.report_data(*recipe_run)
 
 
-@pytest.fixture(scope="module")
-def lower(tmp_path_factory: pytest.TempPathFactory) -> tuple[taut.Result, nn.Module]:
-    """A goal on a score of which less is better, with several candidates."""
-    data, loss = digits(), nn.functional.cross_entropy
-    task = taut.Task(**data, validation=data["test"], score=loss, better="lower")
-    model = network(1)
-    folder = tmp_path_factory.mktemp("goal")
-    goal = "bytes<=15%, score<=+1%, latency<=1%"
-    return taut.compress(model, task, goal, folder=folder, epochs=2, trials=2), model
-
-
-# ---- the numbers ----------------------------------------------------------------------------
-
-
-def test_sizes_are_those_of_the_files(
-    data: ReportData, result: taut.Result, model: nn.Module
-) -> None:
-    size = (result.folder / "net.taut").stat().st_size
-    raw = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    assert (data.before_bytes, data.after_bytes, data.ratio) == (raw, size, raw / size)
-    assert raw == sum(t.before_bytes for t in data.tensors)
-    coded = sum(p.size_bytes for t in data.tensors for p in t.parts)
-    assert math.ceil(coded) + data.overhead_bytes == size
-    assert coded == pytest.approx(sum(t.after_bytes for t in data.tensors))
-    for tensor in data.tensors:
-        assert tensor.bits_per_weight == pytest.approx(8 * tensor.after_bytes / tensor.numel)
-
-
-def test_parts_come_with_huffman_bytes_beside(data: ReportData, model: nn.Module) -> None:
-    by_name = {t.names[0]: t for t in data.tensors}
-    assert by_name.keys() == model.state_dict().keys()
-    parts = {p.name: p for p in by_name["0.weight"].parts}
-    assert {"positions", "values.index"} < parts.keys()
-    assert all(name.split(".")[0] in ("positions", "values") for name in parts)
-    kept = next(w for w in data.weights if w.name == "0.weight")
-    assert 0 < parts["values.index"].huffman_bytes <= 4 * sum(kept.after) / 8
-    assert by_name["0.weight"].huffman_bytes == sum(p.huffman_bytes for p in parts.values())
-
-
-def test_every_weight_is_counted_once_before_and_once_after(
-    data: ReportData, result: taut.Result, model: nn.Module
-) -> None:
-    assert [w.name for w in data.weights] == ["0.weight", "2.weight"]
-    for site in data.weights:
-        before = model.get_parameter(site.name).detach().numpy()
-        path, _, leaf = site.name.rpartition(".")
-        after = getattr(result.model.get_submodule(path), leaf).detach().numpy()
-        assert site.numel == before.size == sum(site.before)
-        assert sum(site.after) + site.zeros == after.size
-        assert site.zeros == int((after == 0).sum()) >= round(0.8 * after.size)
-        assert site.shape == before.shape
-        edges = np.array(site.edges)
-        assert len(edges) == len(site.before) + 1 == len(site.after) + 1
-        for i in (0, 20, 40, len(site.before) - 2):
-            inside = (before >= edges[i]) & (before < edges[i + 1])
-            assert site.before[i] == int(inside.sum())
-
-
-def test_centroids_are_the_tables_of_the_file(data: ReportData, result: taut.Result) -> None:
-    for site in data.weights:
-        layer = result.model.get_submodule(site.name.rpartition(".")[0])
-        shared = layer.packed["weight"].values  # type: ignore[index, union-attr]
-        assert list(site.centroids) == sorted(shared.table.dense().tolist())
-        assert 0 < len(site.centroids) <= 16
-        assert sum(site.centroid_counts) == shared.numel
-        for value, count in zip(site.centroids, site.centroid_counts, strict=True):
-            assert count == int((shared.dense().double() == value).sum())
-
-
-def test_equal_centroids_share_their_count_but_do_not_double_it() -> None:
-    shared = SharedValues(torch.tensor([0, 1, 1, 2]), Plain.of(torch.tensor([0.5, 0.5, -1.0])))
-    site = report._site_weights("w", np.zeros(4), shared.dense().double().numpy(), shared)
-    assert site.centroids == (-1.0, 0.5, 0.5)
-    assert site.centroid_counts == (1, 3, 0)
-
-
-def test_weights_that_are_not_finite_do_not_break_the_histogram() -> None:
-    weights = np.array([1.0, math.nan, -math.inf, 0.0])
-    site = report._site_weights("w", weights, weights, None)
-    assert (sum(site.before), sum(site.after), site.zeros, site.numel) == (2, 1, 1, 4)
-    assert site.centroids == ()
-
-
-def test_the_table_holds_both_measurements(data: ReportData, result: taut.Result) -> None:
-    rows = {r.label: r for r in data.rows}
-    before, after = result.original, result.measurement
-    named = {
-        "Score": "score", "Bytes of the file": "size_bytes", "Parameters": "parameters",
-        "Non-zero parameters": "nonzero_parameters", "MACs": "macs",
-        "Effective MACs": "effective_macs", "Peak memory": "peak_memory_bytes",
-    }  # fmt: skip
-    for label, name in named.items():
-        row = rows[label]
-        assert (row.before, row.after) == (getattr(before, name), getattr(after, name))
-    for batch in (1, 64):
-        row = rows[f"Latency, batch {batch}"]
-        old, new = (next(x for x in m.latencies if x.batch == batch) for m in (before, after))
-        assert (row.before, row.before_spread) == (old.median_ms, old.iqr_ms)
-        assert (row.after, row.after_spread) == (new.median_ms, new.iqr_ms)
-        assert row.detail == f"{old.threads} thread{'s' * (old.threads > 1)}, pytorch"
-
-
-def test_epochs_run_on_through_the_recoveries(data: ReportData, result: taut.Result) -> None:
-    assert data.epochs == result.history
-    assert [(p.first, p.last) for p in data.phases] == [(1, 2), (3, 3)]
-    assert data.phases[0].techniques == "prune_weights(sparsity=0.8, scope='layer')"
-    assert data.phases[1].techniques == "share_values(bits=4)"
-    assert [p.recovery for p in data.phases] == ["recover(epochs=2)", "recover(epochs=1)"]
-
-
-def test_what_it_takes_to_do_it_again(data: ReportData, result: taut.Result) -> None:
-    record = json.loads((result.folder / "run.json").read_text())
-    quoted = RECIPE.replace("'", "'\"'\"'")
-    assert data.command == f"taut compress task.py --recipe '{quoted}'"
-    assert taut.Recipe.parse(data.recipe) == taut.Recipe.parse(RECIPE)
-    assert data.versions == record["versions"]
-    assert data.machine["processor"] == record["machine"]["processor"]
-    asked = {"asked": "bytes<=5%", "seed": 7, "precision": "float16"}
-    assert report._command(asked, "goal") == (
-        "taut compress task.py --goal 'bytes<=5%' --seed 7 --precision float16"
-    )
-
-
-def test_without_a_goal_there_are_no_verdicts(data: ReportData) -> None:
-    assert (data.goal, data.bounds, data.met) == (None, (), True)
-    (only,) = data.candidates
-    assert (only.meets_goal, only.chosen, only.on_frontier) == (None, True, True)
-
-
-def test_all_candidates_are_there_and_the_frontier_is_flagged(
-    lower: tuple[taut.Result, nn.Module],
-) -> None:
-    result, model = lower
-    data = report_data(result, model)
-    record = json.loads((result.folder / "run.json").read_text())
-    assert (data.better, data.score_is_fraction) == ("lower", False)
-    assert len(data.candidates) == len(record["candidates"]) == 2
-    kept = {c.recipe for c in result.frontier}
-    assert {c.recipe for c in data.candidates if c.on_frontier} == kept
-    assert [c.recipe for c in data.candidates if c.chosen] == [result.candidate.recipe]
-
-
-def test_each_bound_comes_with_what_was_asked_and_reached(
-    lower: tuple[taut.Result, nn.Module],
-) -> None:
-    result, model = lower
-    data = report_data(result, model)
-    bytes_, score, latency = data.bounds
-    assert (bytes_.axis, score.axis, latency.axis) == ("bytes", "score", "latency")
-    assert bytes_.limit == pytest.approx(0.15 * data.before_bytes)
-    assert bytes_.reached == data.after_bytes
-    assert bytes_.holds == (data.after_bytes <= bytes_.limit)
-    assert score.limit == pytest.approx(1.01 * data.score_before)
-    assert score.holds == (data.score_after <= score.limit)
-    assert latency.reached > latency.limit
-    assert (latency.holds, data.met) == (False, False)
-
-
-def test_a_beaten_candidate_is_not_on_the_frontier(result: taut.Result) -> None:
-    good = result.candidate
-    worse = replace(
-        good, recipe="worse", measurement=replace(good.measurement, size_bytes=10**6, score=0.0)
-    )
-    rows = report._candidates(replace(result, candidates=(worse, good)))
-    assert [(r.number, r.on_frontier, r.chosen) for r in rows] == [
-        (1, False, False),
-        (2, True, True),
-    ]
+# ---- words ----------------------------------------------------------------------------------
 
 
 def test_a_timing_changes_only_by_more_than_its_spread() -> None:
@@ -258,26 +68,6 @@ def test_a_timing_changes_only_by_more_than_its_spread() -> None:
 def test_changes_in_words(row: Row, change: str, words: str | None) -> None:
     assert row.change == change
     assert words is None or format_change(row, percent=True) == words
-
-
-def test_a_run_without_its_record_is_refused(
-    result: taut.Result, model: nn.Module, tmp_path: Path
-) -> None:
-    with pytest.raises(RunError, match="a report needs the run's record"):
-        report_data(replace(result, folder=tmp_path), model)
-    record = json.loads((result.folder / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    with pytest.raises(RunError, match=r"not finished; run compress again"):
-        report_data(replace(result, folder=tmp_path), model)
-
-
-def test_another_file_than_the_measured_one_is_refused(
-    result: taut.Result, model: nn.Module, tmp_path: Path
-) -> None:
-    shutil.copy(result.folder / "run.json", tmp_path)
-    taut.pack(model, tmp_path / "net.taut")
-    with pytest.raises(RunError, match=r"that were measured; it was replaced since"):
-        report_data(replace(result, folder=tmp_path), model)
 
 
 # ---- the page -------------------------------------------------------------------------------
@@ -320,7 +110,7 @@ def test_links_and_labels_lead_somewhere(page: str) -> None:
     plots = re.findall(r'<div class="plot[^>]*>', own)
     assert len(plots) == 2 + 1 + 2 + 3  # candidates, parts, two sites, training
     assert all('role="img"' in p and "aria-label=" in p for p in plots)
-    assert own.count("<caption>") == own.count("<table>") == 3
+    assert own.count("<caption>") == own.count("<table>") == 4
     assert all("scope=" in th for th in re.findall(r"<th\b[^>]*>", own))
 
 
@@ -372,20 +162,43 @@ def test_the_headline_tells_size_and_score(data: ReportData) -> None:
     )
 
 
-def test_it_says_when_the_test_data_chose(
-    page: str, data: ReportData, lower: tuple[taut.Result, nn.Module]
-) -> None:
+def test_it_says_when_the_test_data_chose(page: str, data: ReportData, goal_run: Run) -> None:
     assert data.chooses_by == "test"
     assert "chosen by the <b>test data</b>" in page
-    assert "chosen by the <b>test data</b>" not in report.render(report_data(*lower))
+    assert "chosen by the <b>test data</b>" not in report.render(report_data.report_data(*goal_run))
 
 
-def test_verdicts_are_words(lower: tuple[taut.Result, nn.Module]) -> None:
-    page = report.render(data := report_data(*lower))
+def test_verdicts_are_words(goal_run: Run) -> None:
+    page = report.render(data := report_data.report_data(*goal_run))
     assert page.count("✗ not met") == 1 + sum(not b.holds for b in data.bounds)
     assert page.count("✓ met") == sum(b.holds for b in data.bounds)
     assert html.escape("score<=+1%") in page
     assert "lower is better" in page
+
+
+def test_each_layer_is_told_with_the_way_it_runs(data: ReportData) -> None:
+    rows = (
+        LayerRow(name=f"fc{HOSTILE}", packed_ms=0.0123, dense_ms=0.05, runs_packed=True, gain=4.07),
+        LayerRow(name="out", packed_ms=2.0, dense_ms=1.25, runs_packed=False, gain=1.6),
+        LayerRow(name="even", packed_ms=1.0, dense_ms=1.001, runs_packed=True, gain=1.001),
+    )
+    at = LayersAt(batch=64, threads=2, packed=2, layers=rows)
+    page = without_script(report.render(replace(data, layers=(at,))))
+    section = page[page.index('<section id="layers"') : page.index('<section id="weights"')]
+    text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
+    assert "Batch 64, 2 threads 2 of 3 layers packed" in text
+    assert f"fc{html.escape(HOSTILE)} 0.0123 0.0500 packed, 4.07× faster" in text
+    assert "out 2.00 1.25 dense, 1.60× faster" in text
+    assert "even 1.00 1.00 packed, equally fast" in text
+    assert re.findall(r'<td class="after">([^<]*)', section) == ["0.0123", "1.25", "1.00"]
+    assert "each packed layer running the faster way" in page
+
+
+def test_without_packed_layers_the_section_is_left_out(data: ReportData) -> None:
+    page = without_script(report.render(replace(data, layers=())))
+    assert "How each layer runs" not in page
+    assert 'href="#layers"' not in page
+    assert "the two networks timed in turn</caption>" in page
 
 
 def test_many_weights_fold_away(data: ReportData) -> None:
@@ -400,7 +213,9 @@ def test_a_run_without_training_or_latency(result: taut.Result, model: nn.Module
         macs=1, effective_macs=1,
     )  # fmt: skip
     candidate = Candidate(recipe="share_values()", measurement=bare, path="")
-    data = report_data(replace(result, candidate=candidate, original=bare, history=()), model)
+    data = report_data.report_data(
+        replace(result, candidate=candidate, original=bare, history=()), model
+    )
     assert data.phases == ()
     page = report.render(data)
     assert "Latency was not measured" in page
@@ -480,9 +295,9 @@ def test_a_browser_draws_every_plot(
 
 
 def test_a_browser_draws_what_is_hostile_lower_or_missing(
-    chromium: list[str], lower: tuple[taut.Result, nn.Module], tmp_path: Path
+    chromium: list[str], goal_run: Run, tmp_path: Path
 ) -> None:
-    data = report_data(*lower)
+    data = report_data.report_data(*goal_run)
     last = replace(data.candidates[-1], recipe=HOSTILE, score=math.nan, latency_ms=None)
     data = replace(data, task=HOSTILE, candidates=(*data.candidates[:-1], last))
     path = tmp_path / "report.html"

@@ -8,11 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taut.types import Candidate, EpochRecord, Latency, Measurement, Site, frontier
+from taut.types import Candidate, Choice, EpochRecord, Latency, Measurement, Site, frontier
 
 
 def latency(ms: float, batch: int = 1) -> Latency:
     return Latency(batch=batch, threads=2, engine="pytorch", median_ms=ms, iqr_ms=0.1, runs=9)
+
+
+def choice(ms: float) -> Choice:
+    return Choice(layer="fc", batch=1, threads=2, packed_ms=ms, dense_ms=0.5)
 
 
 def candidate(
@@ -21,7 +25,7 @@ def candidate(
     measurement = Measurement(
         score=score, size_bytes=size, parameters=100, nonzero_parameters=10, macs=200,
         effective_macs=20, latencies=() if ms is None else (latency(ms), latency(9 * ms, 64)),
-        peak_memory_bytes=7,
+        peak_memory_bytes=7, choices=() if ms is None else (choice(ms),),
     )  # fmt: skip
     return Candidate(recipe=recipe, measurement=measurement, path="net.taut", epochs=3.0)
 
@@ -62,6 +66,14 @@ def test_json_keeps_everything(ms: float | None) -> None:
     assert isinstance(after.measurement.latencies, tuple)
     measured = before.measurement
     assert Measurement.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+
+
+def test_a_record_from_before_layers_were_tuned_is_read() -> None:
+    before = candidate(1, 1.0)
+    data = json.loads(json.dumps(before.to_json()))
+    assert len(data["measurement"].pop("choices")) == 1
+    read = Candidate.from_json(data)
+    assert read == replace(before, measurement=replace(before.measurement, choices=()))
 
 
 def test_epochs_are_equal_whatever_time_they_took() -> None:

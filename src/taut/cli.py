@@ -29,7 +29,7 @@ from taut.report import write_report
 from taut.task import Task, load_task
 from taut.technique import STEPS, techniques
 from taut.trace import trace
-from taut.types import EpochRecord, Measurement
+from taut.types import Choice, EpochRecord, Measurement
 
 app = typer.Typer(
     add_completion=False,
@@ -138,6 +138,8 @@ def measure_command(
         _print_json({name: m.to_json() for name, m in found.items()})
     else:
         out.print(_table(found))
+        if choices := [c for m in found.values() for c in m.choices]:
+            out.print(_choices(choices, type(model).__name__))
 
 
 @app.command("inspect")
@@ -264,7 +266,7 @@ def _table(found: dict[str, Measurement]) -> Table:
         cells = [form.format(v) for v in values]
         if len(values) > 1:
             cells.append(f"{values[0] / values[1]:.1f}×" if ratio and values[1] else "")
-        table.add_row(label, *cells)
+        table.add_row(Text(label), *cells)
 
     each = list(found.values())
     row("score", [m.score for m in each], "{:.4f}", ratio=False)
@@ -277,6 +279,20 @@ def _table(found: dict[str, Measurement]) -> Table:
         timed = [t for m in each if (t := m.latency(at.batch)) is not None]
         row(label, [t.median_ms for t in timed], "{:.3f}")
     row("peak memory of a forward [bytes]", [m.peak_memory_bytes for m in each])
+    return table
+
+
+def _choices(choices: list[Choice], network: str) -> Table:
+    table = Table(title="How each packed layer runs: the faster way")
+    table.add_column("layer", overflow="fold")
+    for column in ("batch", "threads", r"packed \[ms]", r"dense \[ms]", "runs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for c in choices:
+        way = "[bold green]packed[/]" if c.runs_packed else "dense"
+        table.add_row(
+            Text(c.layer or network), f"{c.batch}", f"{c.threads}", f"{c.packed_ms:.4f}",
+            f"{c.dense_ms:.4f}", way,
+        )  # fmt: skip
     return table
 
 

@@ -41,6 +41,7 @@ from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
+from taut.tune import run_chosen
 from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
 
 _log = logging.getLogger("taut")
@@ -74,8 +75,8 @@ class _Shown(logging.Handler):
 class Result:
     """What compress found.
 
-    model: the network as the file gives it back, ready to run. candidates: all that was tried;
-    candidate: the one chosen, whose file is net.taut in the folder.
+    model: the network as the file gives it back, running as tuned for one example. candidates: all
+    that was tried; candidate: the one chosen, whose file is net.taut in the folder.
     """
 
     model: nn.Module
@@ -342,17 +343,12 @@ class _Run:
             self.record["status"] = "done"
             self.save()
         tried = [self._candidate(c, i + 1) for i, c in enumerate(self.record["candidates"])]
+        run_chosen(packed, best.measurement.choices, BATCHES[0])
         return Result(
-            model=packed,
-            original=original,
-            candidate=tried[chosen],
-            candidates=tuple(tried),
-            better=self.task.better,
-            goal=self.aim if isinstance(self.aim, Goal) else None,
-            history=tuple(history),
-            folder=self.folder,
-            task=self.task.name,
-        )
+            model=packed, original=original, candidate=tried[chosen], candidates=tuple(tried),
+            better=self.task.better, goal=self.aim if isinstance(self.aim, Goal) else None,
+            history=tuple(history), folder=self.folder, task=self.task.name,
+        )  # fmt: skip
 
     def _time_together(
         self, original: Measurement, best: Candidate, packed: nn.Module
@@ -362,6 +358,7 @@ class _Run:
         before, after = [], []
         for batch in BATCHES:
             example = self.task.example(batch)
+            run_chosen(packed, best.measurement.choices, batch)
             before.append(latency(self.model, example, batch))
             after.append(latency(packed, example, batch))
         measurement = replace(best.measurement, latencies=tuple(after))

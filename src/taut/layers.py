@@ -3,8 +3,8 @@
 A layer is packed in place: its class gains a mixin, so it stays an instance of what it was
 (`isinstance(layer, nn.Linear)` holds, `layer.weight` reads the decoded weight), and only its weight
 is held in packed form. It runs dense (decoded once, then PyTorch's own operation) or packed
-(through the weight's `matmul`, never a dense copy). A layer of a class Taut does not know runs
-dense by reading its weights.
+(through the weight's `matmul`, never a dense copy): dense at first, then as `tune` chooses. A layer
+of a class Taut does not know runs dense by reading its weights.
 """
 
 from __future__ import annotations

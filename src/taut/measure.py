@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from taut.modules import device_of, tensor_at, to_device
 from taut.task import Task
 from taut.trace import Example, Trace
 from taut.tune import tune
-from taut.types import Latency, Measurement
+from taut.types import Choice, Latency, Measurement
 
 BATCHES = (1, 64)
 
@@ -49,10 +50,12 @@ def measure(
     rest = trace.parameters - sites
     site_macs = sum(s.macs for s in trace.sites)
     used = sum(s.macs * nonzero[s.name] / max(s.numel, 1) for s in trace.sites)
-    latencies, choices = [], []
+    latencies: list[Latency] = []
+    choices: list[Choice] = []
     for batch in reversed(batches):
-        choices.append(tune(model, task.example(batch)))
-        latencies.append(latency(model, task.example(batch), batch, seconds))
+        example = task.example(batch)
+        choices = [replace(c, batch=batch) for c in tune(model, example)] + choices
+        latencies = [latency(model, example, batch, seconds), *latencies]
     return Measurement(
         score=score,
         size_bytes=tensor_bytes(model) if size_bytes is None else size_bytes,
@@ -60,9 +63,9 @@ def measure(
         nonzero_parameters=rest + sum(nonzero.values()),
         macs=trace.macs,
         effective_macs=round(trace.macs - site_macs + used),
-        latencies=tuple(reversed(latencies)),
+        latencies=tuple(latencies),
         peak_memory_bytes=peak_memory(model, task.example(1)),
-        choices=tuple(c for of_batch in reversed(choices) for c in of_batch),
+        choices=tuple(choices),
     )
 
 

@@ -213,6 +213,8 @@ def _varint(value: int) -> bytes:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Put the weights of a .taut file into a freshly built model, in place, and return it.
 
+    It runs dense until `tune` chooses how each layer runs here.
+
     Raises FormatError for a file that is damaged or no .taut file, and for a model whose tensors
     differ from the file's in name or shape; the model is untouched then.
     """

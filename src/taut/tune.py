@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ def tune(model: nn.Module, example: Example | Tensor, seconds: float = 0.03) -> 
 
     The model is left in eval mode, running as chosen; the choice holds for the example's batch,
     PyTorch's present number of threads and this machine, and is not part of the file. A layer that
-    the forward does not call runs dense. example: the model's input, a tensor or (args, kwargs);
-    seconds: how long each layer is timed in each way.
+    the forward does not call runs dense; what PyTorch runs as one, a transformer's encoder layer
+    too, is chosen as one. example: the model's input, a tensor or (args, kwargs); seconds: how long
+    each layer is timed in each way.
 
     >>> import taut
     >>> taut.tune(torch.nn.Linear(2, 2), torch.zeros(1, 2))  # nothing is packed here
@@ -35,27 +37,43 @@ def tune(model: nn.Module, example: Example | Tensor, seconds: float = 0.03) -> 
     model.eval()
     layers = _outermost(model)
     seen = _inputs(model, layers, args, kwargs)
-    batch = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), 1)
+    tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    batch = next((len(t) for t in tensors if t.dim()), 1)
     choices = []
     for name, call in seen.items():
         packed_ms, dense_ms = _race(layers[name], call, seconds)
-        layers[name].run_dense(dense_ms < packed_ms)
         times = {"packed_ms": packed_ms, "dense_ms": dense_ms}
         choices.append(Choice(layer=name, batch=batch, threads=torch.get_num_threads(), **times))
+    run_chosen(model, choices, batch)
     return tuple(choices)
 
 
-def _outermost(model: nn.Module) -> dict[str, Packed]:
-    """The packed layers that do not lie inside another one, which runs them itself."""
-    found: dict[str, Packed] = {}
-    for name, layer in packed_layers(model).items():
-        if not any(name.startswith(f"{outer}.") for outer in found):
+def run_chosen(model: nn.Module, choices: Iterable[Choice], batch: int) -> None:
+    """Let every packed layer run as was chosen at this batch, and dense where nothing was."""
+    run_dense(model, True)
+    for choice in choices:
+        if choice.batch == batch and choice.runs_packed:
+            run_dense(model.get_submodule(choice.layer), False)
+
+
+def _outermost(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers to choose for: packed ones, and what runs the packed ones inside it by itself.
+
+    An encoder layer whose attention runs dense reads the dense weights of all its parts.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and isinstance(layer, _RUN_AS_ONE) and packed_layers(layer):
             found[name] = layer
     return found
 
 
+_RUN_AS_ONE = (Packed, nn.TransformerEncoderLayer)
+
+
 def _inputs(
-    model: nn.Module, layers: dict[str, Packed], args: Any, kwargs: Any
+    model: nn.Module, layers: dict[str, nn.Module], args: Any, kwargs: Any
 ) -> dict[str, tuple[Any, Any]]:
     """What each layer is called with first in one forward of the packed network."""
     seen: dict[str, tuple[Any, Any]] = {}
@@ -76,7 +94,7 @@ def _inputs(
     return seen
 
 
-def _race(layer: Packed, call: tuple[Any, Any], seconds: float) -> tuple[float, float]:
+def _race(layer: nn.Module, call: tuple[Any, Any], seconds: float) -> tuple[float, float]:
     """Median milliseconds packed and dense, timed by turns, so that noise falls on both."""
     args, kwargs = call
 
@@ -94,7 +112,7 @@ def _race(layer: Packed, call: tuple[Any, Any], seconds: float) -> tuple[float, 
     rounds, spent = 0, 0.0
     while rounds < _ROUNDS or (spent < 2e3 * seconds and rounds < 100):
         for dense in times:
-            layer.run_dense(dense)
+            run_dense(layer, dense)
             once()  # decodes, and warms the caches
             many = [once() for _ in range(_REPEATS)]
             times[dense].append(min(many))

@@ -99,8 +99,9 @@ class Measurement:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measurement:
+        """Read it back. Records from before layers were tuned have no choices."""
         latencies = tuple(Latency(**x) for x in data["latencies"])
-        choices = tuple(Choice(**x) for x in data["choices"])
+        choices = tuple(Choice(**x) for x in data.get("choices", ()))
         return cls(**{**data, "latencies": latencies, "choices": choices})
 
 
