@@ -177,6 +177,14 @@ class _PackedRecurrent(Packed):
             bias = getattr(self, "bias_hh" + suffix)
             if layer.mode == "LSTM":  # its gates are plain sums: both biases go in at once
                 inputs, bias = inputs + bias, None
+        whole = layer.mode == "LSTM" and not layer.proj_size and lengths is None and len(x) > 0
+        if whole and "weight_hh" + suffix in self.packed:
+            recurrent = cast(PackedWeight, self.packed["weight_hh" + suffix])
+            hidden, cell = state
+            if back:
+                inputs = inputs.flip(0)
+            states, cell = recurrent.lstm(inputs, hidden, cell)
+            return states.flip(0) if back else states, (states[-1], cell)
         outputs: list[Tensor] = [x[0]] * len(x)
         for t in reversed(range(len(x))) if back else range(len(x)):
             hidden = self.product("weight_hh" + suffix, state[0])

@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
+from taut.kernels import lstm_cell
 from taut.modules import owner, parametrization, tensor_at
 from taut.statistics import Statistics
 from taut.technique import Technique
@@ -104,6 +105,18 @@ class PackedWeight(nn.Module, ABC):
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""
         return self.dense()[index]
+
+    def lstm(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """All steps of an LSTM of which this is the recurrent weight, [4 · size, size].
+
+        inputs: [steps, batch, 4 · size], the gates' products with the input, biases added; hidden,
+        cell: [batch, size] → hidden states [steps, batch, size] and the last cell.
+        """
+        states = []
+        for step in inputs:
+            hidden, cell = lstm_cell(step, self.matmul(hidden), cell)
+            states.append(hidden)
+        return torch.stack(states), cell
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """One-dimensional values as sparse products read them.

@@ -244,9 +244,9 @@ def bitplane_conv2d(
     counted: Tensor = torch.ops.taut.bitplane_conv2d(
         values, *_arguments(weights, levels), levels.pad - levels.lowest,
         weights.shape[0], weights.groups,
-        list(weights.shape[2:]), list(stride), list(padding), list(dilation),
+        weights.shape[2:], stride, padding, dilation,
     )  # fmt: skip
-    return counted.permute(0, 3, 1, 2).to(torch.float32 if levels.takes_int8 else x.dtype)
+    return counted if levels.takes_int8 else counted.to(x.dtype)
 
 
 def _check_channels(op: str, channels: int, weights: BitWeights, levels: Levels | None) -> None:
@@ -296,4 +296,5 @@ def _(
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
         for d in range(2)
     ]
-    return x.new_empty(x.shape[0], *size, out, dtype=torch.float32)
+    y = x.new_empty(x.shape[0], out, *size, dtype=torch.float32)
+    return y.contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from taut.kernels import native, reference
+from taut.kernels.cells import lstm_cell
 
 _PARTS = (8, 4, 2, 1)
 
@@ -76,6 +77,30 @@ def lookup_matmul(
     return y.reshape(*x.shape[:-1], len(codes)).to(x.dtype)
 
 
+def lookup_lstm(
+    inputs: Tensor, hidden: Tensor, cell: Tensor, codes: Tensor, table: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """All steps of an LSTM whose recurrent weight [4 · size, size] is looked up.
+
+    inputs: [steps, batch, 4 · size], the gates' products with the input, biases added; hidden,
+    cell: [batch, size] → hidden states [steps, batch, size] and the last cell. codes, table: as
+    in `lookup_matmul`, one table for all columns.
+    """
+    given = (inputs, hidden, cell)
+    if not native.runs(*given, codes, table) or any(t.dtype is not torch.float32 for t in given):
+        states = []
+        for step in inputs:
+            gates = lookup_matmul(hidden, codes, table, bits)
+            hidden, cell = lstm_cell(step, gates, cell)
+            states.append(hidden)
+        return torch.stack(states) if states else inputs.new_empty(0, *hidden.shape), cell
+    group = max(hidden.shape[-1], 1)
+    all_of_it: Tensor = torch.ops.taut.lookup_lstm(
+        inputs.contiguous(), hidden.contiguous(), cell.contiguous(), codes, table, bits, group
+    )
+    return all_of_it[1:-1], all_of_it[-1]
+
+
 def lookup_matmul_int8(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
     """y[..., o] = scale[o] · Σ_i x[..., i] · table[o, index[o, i]], the sum being exact.
 
@@ -93,6 +118,14 @@ def lookup_matmul_int8(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, b
 
 def _parts(bits: int) -> list[int]:
     return [p for p in _PARTS if bits & p]
+
+
+@native.fake("lookup_lstm")
+def _(
+    inputs: Tensor, hidden: Tensor, cell: Tensor, codes: Tensor, table: Tensor, bits: int,
+    group: int,
+) -> Tensor:  # fmt: skip
+    return inputs.new_empty(inputs.shape[0] + 2, *hidden.shape)
 
 
 @native.fake("lookup_matmul")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
-from taut.kernels import lookup_matmul
+from taut.kernels import lookup_lstm, lookup_matmul
 from taut.kernels.lookup import pack_indices, unpack_indices
 from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
 from taut.statistics import Statistics
@@ -183,6 +183,10 @@ class SharedValues(PackedWeight):
 
     def matmul(self, x: Tensor) -> Tensor:
         return lookup_matmul(x, self.codes, self.float_table()[None, None], self.bits)
+
+    def lstm(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.float_table()[None, None]
+        return lookup_lstm(inputs, hidden, cell, self.codes, table, self.bits)
 
     def rows(self, index: Tensor) -> Tensor:
         columns = math.prod(self.shape[1:])

@@ -84,7 +84,7 @@ Tensor bitplane_matmul(const Tensor& x, const Tensor& w, const Tensor& w_scale,
   return y;
 }
 
-// y comes as [count, height, width, out]: channels last.
+// y is [count, out, height, width] with its channels last in memory.
 Tensor bitplane_conv2d(const Tensor& x, const Tensor& w, const Tensor& w_scale,
                        const Tensor& w_sums, const Tensor& x_scale, const Tensor& thresholds,
                        const Tensor& pattern, double x_offset, double pad, int64_t out,
@@ -120,7 +120,9 @@ Tensor bitplane_conv2d(const Tensor& x, const Tensor& w, const Tensor& w_scale,
   const int64_t room_w = k.image.width + 2 * k.pad_w - k.dilation_w * (k.kernel_w - 1) - 1;
   STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, op, ": the kernel is larger than the padded image");
   k.out_h = room_h / k.stride_h + 1, k.out_w = room_w / k.stride_w + 1;
-  Tensor y = torch::stable::empty({x.size(0), k.out_h, k.out_w, out}, ScalarType::Float);
+  Tensor y = torch::stable::empty({x.size(0), out, k.out_h, k.out_w}, ScalarType::Float, std::nullopt,
+                                  std::nullopt, std::nullopt,
+                                  torch::headeronly::MemoryFormat::ChannelsLast);
   k.y = static_cast<float*>(y.mutable_data_ptr());
   taut::choose(taut::kBitplaneVariants, taut::cpu_flags()).run(k, on_torch);
   return y;

@@ -169,9 +169,17 @@ void tiled_rows(const Decoder& decoder, const Product& p, int64_t begin, int64_t
     for (int64_t k = 0; k < p.in; k += kTileColumns) {
       const int64_t columns = p.in - k < kTileColumns ? p.in - k : kTileColumns;
       decode_tile(decoder, p, o, k, columns, tile, rows);
+      // Few samples at a time keep few sums at work, so the last ones are shared out: 16 as 8 + 8.
+      constexpr int64_t kFew = kTileBatch * 2 / 3;
       int64_t n = 0;
-      for (; n + kTileBatch <= p.batch; n += kTileBatch) {
-        times_tile<kTileBatch>(p, tile, o, n, k, columns);
+      for (int64_t left = p.batch; left >= kFew; left = p.batch - n) {
+        if (left >= kTileBatch && (left % kTileBatch == 0 || left >= 2 * kTileBatch)) {
+          times_tile<kTileBatch>(p, tile, o, n, k, columns);
+          n += kTileBatch;
+        } else {
+          times_tile<kFew>(p, tile, o, n, k, columns);
+          n += kFew;
+        }
       }
       for (; n + 4 <= p.batch; n += 4) times_tile<4>(p, tile, o, n, k, columns);
       for (; n < p.batch; ++n) times_tile<1>(p, tile, o, n, k, columns);
