@@ -35,7 +35,9 @@ from taut.kernels.lookup import pack_indices
 from taut.kernels.sparse import pack_rows
 from taut.layers import pack_layer, run_dense
 from taut.recoding import PackedWeight, Plain
+from taut.techniques.prune_weights import SparseWeight
 from taut.techniques.share_values import SharedValues
+from taut.tune import tune
 
 Run = Callable[[], object]
 
@@ -104,15 +106,16 @@ def bitplanes(b: Bench) -> list[Figure]:
 
 def _inner_loop(b: Bench) -> Figure:
     """What twice as many outputs cost, by which packing and all else fall away."""
-    side, batch = (256, 12) if b.quick else (4096, 240)
+    outputs, side, batch = (64, 256, 12) if b.quick else (1024, 4096, 240)
     x, levels = torch.randn(batch, side), Levels.sign()
     half, whole = (
-        BitWeights.pack(torch.rand(n, 1, side) > 0.5, torch.rand(n, 1)) for n in (side, 2 * side)
+        BitWeights.pack(torch.rand(n, 1, side) > 0.5, torch.rand(n, 1))
+        for n in (outputs, 2 * outputs)
     )
     one, two = b.medians(
         lambda: bitplane_matmul(x, half, levels), lambda: bitplane_matmul(x, whole, levels)
     )
-    reached = b.cycles(side * side * batch / 512, WORDS) / (two - one)
+    reached = b.cycles(outputs * side * batch / 512, WORDS) / (two - one)
     return Figure(
         name="bitplane W1A1, inner loop",
         paper=f"{reached * WORDS:.2f} of 1.33 words a cycle",
@@ -190,13 +193,30 @@ def sparse(b: Bench) -> list[Figure]:
             name = f"sparse {zeros:.0%}, batch {batch}"
             found.append(b.figure(name, asked, ours, lambda x=x: F.linear(x, w), bound))
             if batch == 64:
-                xt = x.T.contiguous()
                 found.append(
                     b.figure(
-                        f"{name}, beside PyTorch's CSR", 5, ours, lambda x=xt, a=csr: a @ x, bound
+                        f"{name}, beside PyTorch's CSR",
+                        5,
+                        ours,
+                        lambda x=x, a=csr: F.linear(x, a),
+                        bound,
                     )
                 )
     return found
+
+
+def _beside_csr(b: Bench, name: str, x: Tensor, csr: Tensor, ours: Run) -> Figure:
+    """The layer as one would write it, F.linear; beside it the faster csr @ x.T, transposed."""
+    took, linear, matmul = b.medians(ours, lambda: F.linear(x, csr), lambda: csr @ x.T)
+    note = f"{1e3 * took:.3g} of {1e3 * linear:.3g} ms; csr @ x.T: {matmul / took:.2g}×"
+    return Figure(
+        name=name,
+        paper=note,
+        ours=linear / took,
+        asked=5,
+        at_most=False,
+        unit="×",
+    )
 
 
 def hashes(b: Bench) -> list[Figure]:
@@ -239,6 +259,43 @@ def recurrent(b: Bench) -> list[Figure]:
     ]
 
 
+def tuned(b: Bench) -> list[Figure]:
+    """The worst of a grid: layers tuned for their batch, against the plain layer."""
+    sides, batches = ((64,), (1,)) if b.quick else ((64, 256, 1024, 4096), (1, 16, 256))
+    worst, where = math.inf, ""
+    for threads in dict.fromkeys((1, b.threads)):
+        torch.set_num_threads(threads)
+        timing = Bench(b.quick, seconds=0.25)
+        for side in sides:
+            plain = nn.Linear(side, side)
+            mask = torch.rand(side, side) > 0.9
+            weights = {
+                "shared": _shared(plain.weight),
+                "sparse": SparseWeight(mask, Plain.of(plain.weight.detach()[mask])),
+            }
+            for name, weight in weights.items():
+                layer = copy.deepcopy(plain)
+                pack_layer(layer, {"weight": weight})
+                for batch in batches:
+                    x = torch.randn(batch, side)
+                    tune(layer, x)
+                    ours, dense = timing.medians(*(lambda f=f, x=x: f(x) for f in (layer, plain)))
+                    if dense / ours < worst:
+                        worst = dense / ours
+                        where = f"{name}, {side} × {side}, batch {batch}, threads {threads}"
+    torch.set_num_threads(b.threads)
+    return [
+        Figure(
+            name="tuned layers, the worst of a grid",
+            paper=where,
+            ours=worst,
+            asked=0.95,
+            at_most=False,
+            unit="×",
+        )
+    ]
+
+
 def _shared(weight: Tensor) -> PackedWeight:
     table = torch.linspace(float(weight.detach().min()), float(weight.detach().max()), 16)
     index = torch.bucketize(weight.detach(), (table[1:] + table[:-1]) / 2)
@@ -250,7 +307,7 @@ def _dense(b: Bench) -> tuple[int, Tensor]:
     return side, torch.randn(side, side)
 
 
-PARTS = (bitplanes, convolutions, lookups, sparse, hashes, recurrent)
+PARTS = (bitplanes, convolutions, lookups, sparse, hashes, recurrent, tuned)
 
 
 @torch.inference_mode()

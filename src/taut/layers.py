@@ -31,6 +31,9 @@ class Packed(nn.Module):
     _dtypes: dict[str, torch.dtype]  # of the parameters; packed parts keep their own
 
     def __getattr__(self, name: str) -> Any:
+        parameters = self.__dict__.get("_parameters", {})
+        if name in parameters:  # first, as in nn.Module: this runs at every forward
+            return parameters[name]
         packed = self.__dict__.get("_modules", {}).get("packed")
         if packed is not None and name in packed:
             return self.decoded(name)
@@ -43,7 +46,13 @@ class Packed(nn.Module):
         dense = cast(PackedWeight, self.packed[name]).dense().to(self._dtypes[name])
         if self.runs_dense:
             self._decoded[name] = dense
+            self.__dict__[name] = dense  # found without __getattr__ from now on
         return dense
+
+    def _drop_decoded(self) -> None:
+        for name in self._decoded:
+            self.__dict__.pop(name, None)
+        self._decoded.clear()
 
     def product(self, name: str, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], by the weight's own product; by PyTorch's where it is plain."""
@@ -58,12 +67,12 @@ class Packed(nn.Module):
     def run_dense(self, dense: bool) -> None:
         """Choose how the layer runs; what was decoded is dropped."""
         self.runs_dense = dense
-        self._decoded.clear()
+        self._drop_decoded()
         for weight in self.packed.children():
             cast(PackedWeight, weight).forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._decoded.clear()
+        self._drop_decoded()
         for name, dtype in self._dtypes.items():
             self._dtypes[name] = fn(torch.empty(0, dtype=dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -73,7 +82,7 @@ class Packed(nn.Module):
 class _PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         if self.runs_dense:
-            return cast(Tensor, super().forward(x))
+            return F.linear(x, self.weight, self.bias)
         y = self.product("weight", x)
         return y if self.bias is None else y + self.bias
 
@@ -83,10 +92,12 @@ class _PackedConv(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, self)
+        if self.runs_dense:
+            return cast(Tensor, layer._conv_forward(x, layer.weight, layer.bias))
         flat = isinstance(self, nn.Conv1d)
         batched = x.dim() == (3 if flat else 4)
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        if self.runs_dense or not plain or not batched:
+        if not plain or not batched:
             return cast(Tensor, super().forward(x))
         stride, padding, dilation = (
             (fill, size[0]) if flat else (size[0], size[1])
