@@ -13,6 +13,7 @@ import argparse
 import copy
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -185,7 +186,9 @@ def sparse(b: Bench) -> list[Figure]:
         mask = torch.rand(side, side) >= zeros
         starts, columns = pack_rows(mask.flatten().nonzero().squeeze(1), (side, side))
         values = w[mask]
-        csr = (w * mask).to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch calls its own layout a beta
+            csr = (w * mask).to_sparse_csr()
         for batch, asked in batches:
             x = torch.randn(batch, side)
             bound = b.cycles(len(values) * max(batch, 1) / 16, FMAS)

@@ -75,3 +75,11 @@ def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
     assert "LeNet-300-100, test error" in short  # one epoch on 2,500 digits cannot reach it
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"falls short: {', '.join(short)}"
+
+
+def test_the_kernels_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")
+    found = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
+    assert len(found) > 15
+    assert all(ratio > 0 for ratio in found.values())
