@@ -31,6 +31,7 @@ from taut.kernels import (
     hashed_matmul,
     lookup_matmul,
     sparse_matmul,
+    wrap_buckets,
 )
 from taut.kernels.lookup import pack_indices
 from taut.kernels.sparse import pack_rows
@@ -224,7 +225,7 @@ def _beside_csr(b: Bench, name: str, x: Tensor, csr: Tensor, ours: Run) -> Figur
 
 def hashes(b: Bench) -> list[Figure]:
     side, w = _dense(b)
-    buckets = torch.randn(side * side // 64)
+    buckets = wrap_buckets(torch.randn(side * side // 64))
     found = []
     for run_length, batches in ((1, ((1, 0.6), (64, 2.0))), (16, ((1, 4.0), (64, 2.0)))):
         for batch, asked in batches:
@@ -234,7 +235,7 @@ def hashes(b: Bench) -> list[Figure]:
                 b.figure(
                     f"hashed 1/64, {alone}, batch {batch}",
                     asked,
-                    lambda x=x, r=run_length: hashed_matmul(x, buckets, side, 1, r),
+                    lambda x=x, r=run_length: hashed_matmul(x, buckets, side, 1, r, wrapped=True),
                     lambda x=x: F.linear(x, w),
                     b.cycles(side * side * batch / 16, FMAS),
                 )

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from taut.kernels import hashed_matmul, hashed_weight, native, reference
-from taut.kernels.hashed import RUNS
+from taut.kernels import hashed_matmul, hashed_weight, native, reference, wrap_buckets
+from taut.kernels.hashed import REACH, RUNS
 
 from .conftest import AROUND_WIDTHS, assert_as_exact_as_torch
 
@@ -161,6 +161,55 @@ def test_products_have_gradients_in_both(run: int) -> None:
         torch.testing.assert_close(f.grad.double(), t.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_buckets_are_wrapped_by_copies_of_the_first(count: int) -> None:
+    buckets = torch.randn(count)
+    wrapped = wrap_buckets(buckets)
+    assert torch.equal(wrapped, buckets[torch.arange(count + REACH) % count])
+    shape, x = (5, 200), torch.randn(3, 200)
+    for run in RUNS:
+        weight = hashed_weight(wrapped, shape, 2, run, wrapped=True)
+        assert torch.equal(weight, hashed_weight(buckets, shape, 2, run))
+        y = hashed_matmul(x, wrapped, 5, 2, run, wrapped=True)
+        assert torch.equal(y, hashed_matmul(x, buckets, 5, 2, run))
+        exact = hashed_weight(wrapped.double(), shape, 2, run, wrapped=True)
+        assert torch.equal(exact, weight.double())
+
+
+def test_what_cannot_be_wrapped_is_refused() -> None:
+    for buckets in (torch.randn(0), torch.randn(2, 3)):
+        with pytest.raises(ValueError, match=r"wrap_buckets: buckets must be \[n\], n > 0, got"):
+            wrap_buckets(buckets)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises((RuntimeError, ValueError), match="buckets"):
+            hashed_weight(torch.zeros(REACH, dtype=dtype), (2, 3), 1, wrapped=True)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wrapped_buckets_have_the_gradient_and_their_copies_none(
+    run: int, dtype: torch.dtype
+) -> None:
+    plain = torch.randn(40, dtype=dtype)
+    wrapped = wrap_buckets(plain).requires_grad_()
+    x = torch.randn(2, 130, dtype=dtype)
+    hashed_matmul(x, wrapped, 7, 3, run, wrapped=True).sum().backward()
+    hashed_matmul(x, plain.requires_grad_(), 7, 3, run).sum().backward()
+    assert wrapped.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(wrapped.grad[:40], plain.grad)
+    assert torch.equal(wrapped.grad[40:], torch.zeros(REACH, dtype=dtype))
+
+
+@needs_native
+def test_wrapped_buckets_are_not_copied() -> None:
+    buckets, x = wrap_buckets(torch.randn(2**21)), torch.randn(1, 64)
+    before = torch.ops.taut.scratch_bytes()
+    hashed_matmul(x, buckets, 32, 1, 16, wrapped=True)
+    hashed_weight(buckets, (32, 64), 1, 16, wrapped=True)
+    assert torch.ops.taut.scratch_bytes() - before < 2**20
+
+
 @needs_native
 def test_gradients_have_gradients() -> None:
     buckets = torch.randn(30, requires_grad=True)
@@ -185,9 +234,10 @@ def test_it_compiles_and_exports_whole() -> None:
         torch.testing.assert_close(exported(x), Net()(x))
     tests = ("test_schema", "test_faketensor")
     ops = torch.ops.taut
-    torch.library.opcheck(ops.hashed_matmul.default, (x, buckets, 9, 6, 4), test_utils=tests)
+    wrapped = wrap_buckets(buckets)
+    torch.library.opcheck(ops.hashed_matmul.default, (x, wrapped, 50, 9, 6, 4), test_utils=tests)
     for op, arguments in (
-        (ops.hashed_weight.default, (buckets.requires_grad_(), 9, 40, 6, 1)),
+        (ops.hashed_weight.default, (wrapped.requires_grad_(), 50, 9, 40, 6, 1)),
         (ops.hashed_gradient.default, (torch.randn(9, 40, requires_grad=True), 50, 6, 16)),
     ):
         gradients = ("test_autograd_registration", "test_aot_dispatch_static")
@@ -204,7 +254,10 @@ def test_it_compiles_and_exports_whole() -> None:
         (lambda a: {**a, "buckets": a["buckets"].half()}, "buckets has the wrong dtype"),
         (lambda a: {**a, "buckets": a["buckets"][::2]}, "buckets must be contiguous"),
         (lambda a: {**a, "buckets": a["buckets"][None]}, "buckets must have 1 dimensions"),
-        (lambda a: {**a, "buckets": a["buckets"][:0]}, "must be 1 … 2.*31 - 1 buckets, got 0"),
+        (lambda a: {**a, "count": 0}, "must be 1 … 2.*31 - 1 buckets, got 0"),
+        (lambda a: {**a, "count": 2**31}, "must be 1 … 2.*31 - 1 buckets, got 2147483648"),
+        (lambda a: {**a, "count": 49}, r"buckets must be \[49 \+ 63\], .*, got \[113\]"),
+        (lambda a: {**a, "buckets": a["buckets"][:50]}, r"must be \[50 \+ 63\], .*, got \[50\]"),
         (lambda a: {**a, "run": 8}, "run must be 1, 4, 16 or 64, got 8"),
         (lambda a: {**a, "seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
         (lambda a: {**a, "seed": 2**32}, "seed must lie in .* got 4294967296"),
@@ -214,7 +267,8 @@ def test_it_compiles_and_exports_whole() -> None:
 )
 def test_wrong_arguments_are_refused(change, said: str) -> None:
     arguments = {
-        "x": torch.randn(3, 40), "buckets": torch.randn(50), "out": 9, "seed": 6, "run": 1,
+        "x": torch.randn(3, 40), "buckets": torch.randn(50 + REACH), "count": 50, "out": 9,
+        "seed": 6, "run": 1,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=said):
         torch.ops.taut.hashed_matmul(**change(arguments))
@@ -223,9 +277,11 @@ def test_wrong_arguments_are_refused(change, said: str) -> None:
 @needs_native
 def test_weights_and_gradients_refuse_wrong_arguments_too() -> None:
     with pytest.raises(RuntimeError, match="hashed_weight: run must be"):
-        torch.ops.taut.hashed_weight(torch.randn(50), 9, 40, 6, 2)
+        torch.ops.taut.hashed_weight(torch.randn(113), 50, 9, 40, 6, 2)
     with pytest.raises(RuntimeError, match="hashed_weight: buckets has the wrong dtype"):
-        torch.ops.taut.hashed_weight(torch.randn(50).double(), 9, 40, 6, 1)
+        torch.ops.taut.hashed_weight(torch.randn(113).double(), 50, 9, 40, 6, 1)
+    with pytest.raises(RuntimeError, match=r"hashed_weight: buckets must be \[50 \+ 63\]"):
+        torch.ops.taut.hashed_weight(torch.randn(50), 50, 9, 40, 6, 1)
     with pytest.raises(RuntimeError, match="hashed_gradient: there must be"):
         torch.ops.taut.hashed_gradient(torch.randn(9, 40), 0, 6, 1)
     with pytest.raises(RuntimeError, match="hashed_gradient: weight must be contiguous"):

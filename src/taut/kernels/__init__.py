@@ -6,7 +6,7 @@ the two must agree.
 
 from taut.kernels.bitplane import BitWeights, Levels, bitplane_conv2d, bitplane_matmul
 from taut.kernels.cells import gru_cell, lstm_cell
-from taut.kernels.hashed import hashed_matmul, hashed_weight
+from taut.kernels.hashed import hashed_matmul, hashed_weight, wrap_buckets
 from taut.kernels.lookup import lookup_lstm, lookup_matmul, lookup_matmul_int8
 from taut.kernels.sparse import bitmap_matmul, block_matmul, sparse_conv2d, sparse_matmul
 
@@ -26,4 +26,5 @@ __all__ = [
     "lstm_cell",
     "sparse_conv2d",
     "sparse_matmul",
+    "wrap_buckets",
 ]

@@ -27,30 +27,58 @@ from taut.kernels import native, reference
 
 HASH = reference.HASH
 RUNS = (1, 4, 16, 64)
+REACH = 63
+"""How far behind its start a weight may lie."""
 
 
-def hashed_matmul(x: Tensor, buckets: Tensor, out: int, seed: int, run: int = 1) -> Tensor:
+def wrap_buckets(buckets: Tensor) -> Tensor:
+    """[n] → [n + REACH]: the first buckets once more behind the last, again and again if few.
+
+    The kernels read runs across the end as they stand, and a copy for every call would cost more
+    than a small product: keep the wrapped ones, and pass them with wrapped=True.
+    """
+    if buckets.dim() != 1 or not len(buckets):
+        raise ValueError(f"wrap_buckets: buckets must be [n], n > 0, got {list(buckets.shape)}")
+    first = buckets[:REACH]
+    return torch.cat((buckets, first.repeat(-(-REACH // len(first)))[:REACH]))
+
+
+def hashed_matmul(
+    x: Tensor, buckets: Tensor, out: int, seed: int, run: int = 1, *, wrapped: bool = False
+) -> Tensor:
     """x [..., in] → [..., out].
 
-    buckets: [n] float32; seed: in [0, 2**32); run: one of RUNS. Where a gradient is asked, W is
-    made as a whole, by `hashed_weight`.
+    buckets: [n] float32, or [n + REACH] of `wrap_buckets` where `wrapped`; seed: in [0, 2**32);
+    run: one of RUNS. Where a gradient is asked, W is made as a whole, by `hashed_weight`.
     """
     columns = x.shape[-1]
     if not _native(buckets) or not native.runs(x, buckets):
-        return torch.nn.functional.linear(
-            x, hashed_weight(buckets, (out, columns), seed, run).to(x.dtype)
-        )
+        weight = hashed_weight(buckets, (out, columns), seed, run, wrapped=wrapped)
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
     flat = x.reshape(math.prod(x.shape[:-1]), columns).float().contiguous()
-    y: Tensor = torch.ops.taut.hashed_matmul(flat, buckets.contiguous(), out, seed, run)
+    drawn = _wrapped(buckets, wrapped)
+    y: Tensor = torch.ops.taut.hashed_matmul(flat, *drawn, out, seed, run)
     return y.reshape(*x.shape[:-1], out).to(x.dtype)
 
 
-def hashed_weight(buckets: Tensor, shape: tuple[int, int], seed: int, run: int = 1) -> Tensor:
-    """W, [out, in] of the buckets' type. Its gradient goes to the buckets, as often as wished."""
+def hashed_weight(
+    buckets: Tensor, shape: tuple[int, int], seed: int, run: int = 1, *, wrapped: bool = False
+) -> Tensor:
+    """W, [out, in] of the buckets' type. Its gradient goes to the buckets, as often as wished.
+
+    buckets, seed, run: as in `hashed_matmul`. Where they are wrapped, the copies get no gradient.
+    """
     if not _native(buckets):
-        return reference.hashed_weight(buckets, shape, seed, run)
-    dense: Tensor = torch.ops.taut.hashed_weight(buckets.contiguous(), *shape, seed, run)
+        plain = buckets[: max(len(buckets) - REACH, 0)] if wrapped else buckets
+        return reference.hashed_weight(plain, shape, seed, run)
+    dense: Tensor = torch.ops.taut.hashed_weight(*_wrapped(buckets, wrapped), *shape, seed, run)
     return dense
+
+
+def _wrapped(buckets: Tensor, already: bool) -> tuple[Tensor, int]:
+    """The wrapped buckets, and how many there are without the copies."""
+    wrapped = buckets.contiguous() if already else wrap_buckets(buckets)
+    return wrapped, len(wrapped) - REACH
 
 
 def _native(buckets: Tensor) -> bool:
@@ -61,28 +89,28 @@ def _native(buckets: Tensor) -> bool:
 
 
 @native.fake("hashed_matmul")
-def _(x: Tensor, buckets: Tensor, out: int, seed: int, run: int) -> Tensor:
+def _(x: Tensor, buckets: Tensor, count: int, out: int, seed: int, run: int) -> Tensor:
     return x.new_empty(x.shape[0], out)
 
 
 @native.fake("hashed_weight")
-def _(buckets: Tensor, out: int, columns: int, seed: int, run: int) -> Tensor:
+def _(buckets: Tensor, count: int, out: int, columns: int, seed: int, run: int) -> Tensor:
     return buckets.new_empty(out, columns)
 
 
 @native.fake("hashed_gradient")
-def _(weight: Tensor, buckets: int, seed: int, run: int) -> Tensor:
-    return weight.new_empty(buckets)
+def _(weight: Tensor, count: int, seed: int, run: int) -> Tensor:
+    return weight.new_empty(count)
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    buckets, _, _, ctx.seed, ctx.run = inputs
-    ctx.buckets = len(buckets)
+    _, ctx.count, _, _, ctx.seed, ctx.run = inputs
 
 
 def _weight_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    given = torch.ops.taut.hashed_gradient(gradient.contiguous(), ctx.buckets, ctx.seed, ctx.run)
-    return given, None, None, None, None
+    given = torch.ops.taut.hashed_gradient(gradient.contiguous(), ctx.count, ctx.seed, ctx.run)
+    # All of it goes to the buckets themselves, of which the others are copies.
+    return torch.nn.functional.pad(given, (0, REACH)), None, None, None, None, None
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,7 +119,8 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    given = torch.ops.taut.hashed_weight(gradient.contiguous(), *ctx.shape, ctx.seed, ctx.run)
+    drawn = _wrapped(gradient, False)
+    given = torch.ops.taut.hashed_weight(*drawn, *ctx.shape, ctx.seed, ctx.run)
     return given, None, None, None
 
 

@@ -2,15 +2,12 @@
 // Decoder for decode/matmul.h. Included after one of lanes/*.h.
 #pragma once
 
-#include <cstring>
-
 #include "decode/matmul.h"
 #include "hashed/hashed.h"
 
 namespace {
 
 constexpr uint32_t kOwn = 0x80000000u;  // the bits of single weights are hashed from here on
-constexpr int64_t kReach = 63;          // places go from 0 to here at most
 
 inline I16 first_round(I16 v) {
   v = (v ^ (v >> 16)) * I16::all(0x7feb352d);
@@ -78,18 +75,9 @@ struct HashDecoder : Hash<Run> {
   using typename Hash<Run>::Row;
   using typename Hash<Run>::Block;
 
-  const float* buckets;  // and as many more, from the first on, as a start at the end reaches
+  const float* buckets;
 
-  // Asks for this thread's third piece of scratch memory. A check of every start for the end, even
-  // one a block that never jumps, costs far more than this copy.
-  HashDecoder(const taut::Hashed& op, const taut::Parallel& parallel) : Hash<Run>(op) {
-    auto* to = static_cast<float*>(taut::scratch<2>(size_t(op.count + kReach) * sizeof(float)));
-    parallel(op.count, 65536, [&](int64_t begin, int64_t end) {
-      std::memcpy(to + begin, op.buckets + begin, size_t(end - begin) * sizeof(float));
-    });
-    for (int64_t i = 0; i < kReach; ++i) to[op.count + i] = op.buckets[i % op.count];
-    buckets = to;
-  }
+  explicit HashDecoder(const taut::Hashed& op) : Hash<Run>(op), buckets(op.buckets) {}
 
   void block(const Row& r, int64_t b, F16 (&w)[kStrips]) const {
     Block k;
@@ -124,12 +112,12 @@ void with_run(int run, Use&& use) {
 void hashed_matmul(const taut::Hashed& op, const taut::HashedProduct& p,
                    const taut::Parallel& parallel) {
   const Product product{p.x, p.y, p.batch, op.in, op.out, op.in, op.out};
-  with_run(op.run, [&]<int Run>() { decoded_matmul(HashDecoder<Run>(op, parallel), product, parallel); });
+  with_run(op.run, [&]<int Run>() { decoded_matmul(HashDecoder<Run>(op), product, parallel); });
 }
 
 void hashed_weight(const taut::Hashed& op, float* weight, const taut::Parallel& parallel) {
   with_run(op.run, [&]<int Run>() {
-    const HashDecoder<Run> decoder(op, parallel);
+    const HashDecoder<Run> decoder(op);
     parallel(op.out, 1 + 32768 / (op.in + 1), [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {
         const auto row = decoder.row(o);
@@ -174,7 +162,7 @@ void scatter(const typename Hash<Run>::Block& k, const float* gradient, int64_t 
 template <int Run>
 void gradient_of_rows(const Hash<Run>& hash, const taut::Hashed& op, const float* gradient,
                       int64_t begin, int64_t end, float* sums) {
-  for (int64_t i = 0; i < op.count + kReach; ++i) sums[i] = 0;
+  for (int64_t i = 0; i < op.count + taut::kHashReach; ++i) sums[i] = 0;
   for (int64_t o = begin; o < end; ++o) {
     const auto row = hash.row(o);
     for (int64_t k = 0; k < op.in; k += kBlock) {
@@ -183,12 +171,12 @@ void gradient_of_rows(const Hash<Run>& hash, const taut::Hashed& op, const float
       scatter<Run>(block, gradient + o * op.in + k, op.in - k, sums);
     }
   }
-  for (int64_t i = 0; i < kReach; ++i) sums[i % op.count] += sums[op.count + i];
+  for (int64_t i = 0; i < taut::kHashReach; ++i) sums[i % op.count] += sums[op.count + i];
 }
 
 void hashed_gradient(const taut::Hashed& op, const taut::HashedGradient& g,
                      const taut::Parallel& parallel) {
-  const int64_t parts = taut::hashed_parts(op), size = op.count + kReach;
+  const int64_t parts = taut::hashed_parts(op), size = op.count + taut::kHashReach;
   with_run(op.run, [&]<int Run>() {
     const Hash<Run> hash(op);
     parallel(parts, 1, [&](int64_t begin, int64_t end) {

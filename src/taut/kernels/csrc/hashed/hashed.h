@@ -24,8 +24,12 @@
 
 namespace taut {
 
+// Places go from 0 to here at most. Buckets come wrapped, with as many more behind the last one,
+// from the first on: no sum of a start and a place has to be brought back below the count.
+inline constexpr int64_t kHashReach = 63;
+
 struct Hashed {
-  const float* buckets;    // [count]; not read by the gradient
+  const float* buckets;    // [count + kHashReach]: buckets[i % count]; not read by the gradient
   int64_t count, out, in;  // count from 1 up, all below 2**31
   uint32_t seed;
   int run;                 // 1, 4, 16 or 64
@@ -42,12 +46,12 @@ struct HashedProduct {
 struct HashedGradient {
   const float* weight;  // [out, in], the gradient of W
   float* buckets;       // [count]
-  float* work;          // [hashed_parts, count + 63]
+  float* work;          // [hashed_parts, count + kHashReach]
 };
 
 // So many that the parts hold half as many numbers as W at most, and eight at most.
 inline int64_t hashed_parts(const Hashed& op) {
-  const int64_t parts = op.out * op.in / (2 * (op.count + 63));
+  const int64_t parts = op.out * op.in / (2 * (op.count + kHashReach));
   return parts < 1 ? 1 : parts > 8 ? 8 : parts;
 }
 
