@@ -4,7 +4,8 @@ Ratios are of medians taken by turns in one run, after a warm-up; packing of act
 included. Beside each stands its bound, and how much of it was reached: the time the processor would
 take for nothing but the operation's own instructions (per 512-bit vector and cycle: 4/3 words
 compared and counted, 2 multiply-adds, 1 table lookup), at the clock that is measured here. It is
-right for processors with four 512-bit units, and a yardstick elsewhere.
+right for processors with four 512-bit units, and a yardstick elsewhere. On virtual machines, bind
+the threads (OMP_PROC_BIND=true): two that share a core wait for each other.
 """
 
 from __future__ import annotations
@@ -107,19 +108,22 @@ def bitplanes(b: Bench) -> list[Figure]:
 
 
 def _inner_loop(b: Bench) -> Figure:
-    """What twice as many outputs cost, by which packing and all else fall away."""
+    """What twice as many outputs cost one thread, by which packing and all else fall away."""
     outputs, side, batch = (64, 256, 12) if b.quick else (1024, 4096, 240)
     x, levels = torch.randn(batch, side), Levels.sign()
     half, whole = (
         BitWeights.pack(torch.rand(n, 1, side) > 0.5, torch.rand(n, 1))
         for n in (outputs, 2 * outputs)
     )
-    one, two = b.medians(
+    torch.set_num_threads(1)
+    alone = Bench(b.quick)
+    one, two = alone.medians(
         lambda: bitplane_matmul(x, half, levels), lambda: bitplane_matmul(x, whole, levels)
     )
-    reached = b.cycles(outputs * side * batch / 512, WORDS) / (two - one)
+    torch.set_num_threads(b.threads)
+    reached = alone.cycles(outputs * side * batch / 512, WORDS) / (two - one)
     return Figure(
-        name="bitplane W1A1, inner loop",
+        name="bitplane W1A1, inner loop, one thread",
         paper=f"{reached * WORDS:.2f} of 1.33 words a cycle",
         ours=100 * reached,
         asked=80,

@@ -152,8 +152,13 @@ void times_tile(const Product& p, const float* tile, int64_t o, int64_t n, int64
       for (int panel = 0; panel < kPanels; ++panel) {
         float* y = p.y + (n + j) * p.y_stride + o + 16 * panel;
         const int64_t valid = p.out - o - 16 * panel;
-        if (k + from > 0) sum[j][panel] = F16::load_some(y, valid) + sum[j][panel];
-        sum[j][panel].store_some(y, valid);
+        if (valid >= 16) {  // masks cost as much as the sums
+          if (k + from > 0) sum[j][panel] = F16::load(y) + sum[j][panel];
+          sum[j][panel].store(y);
+        } else {
+          if (k + from > 0) sum[j][panel] = F16::load_some(y, valid) + sum[j][panel];
+          sum[j][panel].store_some(y, valid);
+        }
       }
     }
   }
@@ -169,17 +174,9 @@ void tiled_rows(const Decoder& decoder, const Product& p, int64_t begin, int64_t
     for (int64_t k = 0; k < p.in; k += kTileColumns) {
       const int64_t columns = p.in - k < kTileColumns ? p.in - k : kTileColumns;
       decode_tile(decoder, p, o, k, columns, tile, rows);
-      // Few samples at a time keep few sums at work, so the last ones are shared out: 16 as 8 + 8.
-      constexpr int64_t kFew = kTileBatch * 2 / 3;
       int64_t n = 0;
-      for (int64_t left = p.batch; left >= kFew; left = p.batch - n) {
-        if (left >= kTileBatch && (left % kTileBatch == 0 || left >= 2 * kTileBatch)) {
-          times_tile<kTileBatch>(p, tile, o, n, k, columns);
-          n += kTileBatch;
-        } else {
-          times_tile<kFew>(p, tile, o, n, k, columns);
-          n += kFew;
-        }
+      for (; n + kTileBatch <= p.batch; n += kTileBatch) {
+        times_tile<kTileBatch>(p, tile, o, n, k, columns);
       }
       for (; n + 4 <= p.batch; n += 4) times_tile<4>(p, tile, o, n, k, columns);
       for (; n < p.batch; ++n) times_tile<1>(p, tile, o, n, k, columns);
