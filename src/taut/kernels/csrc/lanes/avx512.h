@@ -191,8 +191,6 @@ inline void sums(const F16 (&v)[4], float* out) {
 
 inline I16 minimum(I16 a, I16 b) { return {_mm512_min_epu32(a.v, b.v)}; }
 
-inline F16 as_floats(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
-
 inline F16 load_signed_bytes(const int8_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw))};

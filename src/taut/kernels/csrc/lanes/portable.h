@@ -183,13 +183,6 @@ inline I16 minimum(I16 a, I16 b) {
   return a;
 }
 
-// The same bits, read as floats.
-inline F16 as_floats(I16 a) {
-  F16 r;
-  std::memcpy(&r.v, &a.v, 64);
-  return r;
-}
-
 inline F16 load_signed_bytes(const int8_t* p) {
   F16 r;
   for (int i = 0; i < 16; ++i) r.v[i] = p[i];
@@ -201,12 +194,12 @@ inline F16 load_signed_bytes(const int8_t* p) {
 inline F16 load_halves(const uint16_t* p) {
   const I16 half = I16::load_shorts(p);
   const I16 magnitude = (half & I16::all(0x7fff)) << 13;
-  F16 r = as_floats(magnitude) * F16::all(0x1p112f);
+  F16 r = floats_of(magnitude) * F16::all(0x1p112f);
   I16 special = I16::all(0);
   for (int i = 0; i < 16; ++i) special.v[i] = magnitude.v[i] >= 0x0f800000u ? 0x7f800000u : 0;
   I16 raw;
   std::memcpy(&raw.v, &r.v, 64);
-  return flip_signs(as_floats(raw | special), half << 16);
+  return flip_signs(floats_of(raw | special), half << 16);
 }
 
 // Spreads the first lanes, in order, over those whose bit is set; the others become zero.

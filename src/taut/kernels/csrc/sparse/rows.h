@@ -18,7 +18,7 @@ struct HalfValues {
 };
 struct Bfloat16Values {
   using Item = uint16_t;
-  F16 operator()(const uint16_t* p) const { return as_floats(I16::load_shorts(p) << 16); }
+  F16 operator()(const uint16_t* p) const { return floats_of(I16::load_shorts(p) << 16); }
 };
 struct Int8Values {
   using Item = int8_t;
