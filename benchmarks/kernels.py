@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import statistics
 import warnings
@@ -197,7 +198,7 @@ def sparse(b: Bench) -> list[Figure]:
         for batch, asked in batches:
             x = torch.randn(batch, side)
             bound = b.cycles(len(values) * max(batch, 1) / 16, FMAS)
-            ours: Run = lambda x=x, a=(starts, columns, values): sparse_matmul(x, *a)  # noqa: E731
+            ours = functools.partial(sparse_matmul, x, starts, columns, values)
             name = f"sparse {zeros:.0%}, batch {batch}"
             found.append(b.figure(name, asked, ours, lambda x=x: F.linear(x, w), bound))
             if batch == 64:

@@ -4,32 +4,11 @@ namespace {
 
 constexpr int kPixels = 6, kStrips16 = 2;
 
-struct Words {
-  __m512i lo, hi;
-  static Words load(const uint64_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 8)}; }
-};
-
-struct Bits {
-  __m512i v;
-  static Bits all(const uint64_t* p) { return {_mm512_set1_epi64(int64_t(*p))}; }
-};
-
-struct Counts {
-  __m512i lo, hi;
-  static Counts zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-  void add(const Words& w, const Bits& b) {
-    lo = _mm512_add_epi64(lo, _mm512_popcnt_epi64(_mm512_xor_si512(w.lo, b.v)));
-    hi = _mm512_add_epi64(hi, _mm512_popcnt_epi64(_mm512_xor_si512(w.hi, b.v)));
-  }
-  F16 floats() const {
-    const __m512i low_halves =
-        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    return {_mm512_cvtepi32_ps(_mm512_permutex2var_epi32(lo, low_halves, hi))};
-  }
-};
+inline __m512i count(__m512i v) { return _mm512_popcnt_epi64(v); }
 
 }  // namespace
 
+#include "bitplane/avx512.h"
 #include "bitplane/generic.h"
 
 void taut::bitplane_matmul_avx512_vpopcntdq(const Bitplanes& op, const Parallel& parallel) {
