@@ -1,12 +1,9 @@
 """Weights and activations for the tests of bitplane_matmul, whose products are exact in float32."""
 
-import pytest
 import torch
 from torch import Tensor
 
-from taut.kernels import BitWeights, Levels, bitplane_conv2d, bitplane_matmul, native, reference
-
-needs_native = pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+from taut.kernels import BitWeights, Levels, bitplane_conv2d, bitplane_matmul, reference
 
 KINDS = (
     "sign", "signs", "uniform1", "uniform2", "uniform3", "uniform4", "learned2", "learned3",

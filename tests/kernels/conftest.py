@@ -15,6 +15,8 @@ SUBSETS = tuple(EVERY_FEATURE[:n] for n in range(len(EVERY_FEATURE) + 1))
 AROUND_WIDTHS = (1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 513)
 """Powers of two up to four blocks of columns, one less and one more."""
 
+needs_native = pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`variant` runs a test under each processor that this one can pretend to be."""

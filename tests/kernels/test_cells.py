@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from taut.kernels import gru_cell, lstm_cell, native, reference
+from taut.kernels import gru_cell, lstm_cell, reference
+
+from .conftest import needs_native
 
 
 def assert_close_to_double(got: torch.Tensor, truth: torch.Tensor) -> None:
@@ -66,7 +68,7 @@ def test_gradients_go_by_the_definition() -> None:
     assert i.grad is not None
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 def test_wrong_arguments_are_refused() -> None:
     i, cell = torch.randn(2, 64), torch.randn(2, 16)
     with pytest.raises(RuntimeError, match=r"i and h must be \[2, 64\], got \[2, 60\]"):

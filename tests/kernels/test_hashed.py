@@ -7,12 +7,10 @@ from torch.nn import functional as F
 from taut.kernels import hashed_matmul, hashed_weight, native, reference, wrap_buckets
 from taut.kernels.hashed import REACH, RUNS
 
-from .conftest import AROUND_WIDTHS, assert_as_exact_as_torch
+from .conftest import AROUND_WIDTHS, assert_as_exact_as_torch, needs_native
 
 COUNTS = (1, 2, 15, 63, 64, 65, 1000, 4096)
 """Buckets: fewer than a start reaches, as many, more."""
-
-needs_native = pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -6,7 +6,7 @@ import torch
 from taut.kernels import lookup_matmul, native, reference
 from taut.kernels.lookup import pack_indices, unpack_indices
 
-from .conftest import AROUND_WIDTHS, assert_as_exact_as_torch
+from .conftest import AROUND_WIDTHS, assert_as_exact_as_torch, needs_native
 
 
 def weights(out: int, columns: int, bits: int, rows: int = 1, groups: int = 1):
@@ -103,7 +103,7 @@ def test_gradients_go_by_the_definition() -> None:
     torch.testing.assert_close(x.grad[0], table[0, 0][index].sum(0))
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 def test_it_compiles_and_exports_whole() -> None:
     index, table = weights(9, 40, 4)
     codes, x = pack_indices(index, 4), torch.randn(3, 40)
@@ -121,7 +121,7 @@ def test_it_compiles_and_exports_whole() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -7,7 +7,7 @@ from torch import Tensor
 from taut.kernels import lookup_matmul_int8, native, reference
 from taut.kernels.lookup import pack_indices
 
-from .conftest import AROUND_WIDTHS
+from .conftest import AROUND_WIDTHS, needs_native
 
 
 def weights(out: int, columns: int, bits: int, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ def test_gradients_of_scales_go_by_the_definition() -> None:
     torch.testing.assert_close(scale.grad, ones.sum(0))
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 def test_it_compiles_and_exports_whole() -> None:
     index, table, scale = weights(9, 40, 4)
     codes, x = pack_indices(index, 4), integers(3, 40)
@@ -106,7 +106,7 @@ def test_it_compiles_and_exports_whole() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 @pytest.mark.parametrize(
     ("change", "said"),
     [

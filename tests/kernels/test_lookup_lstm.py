@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from taut.kernels import lookup_lstm, native, reference
+from taut.kernels import lookup_lstm, reference
 from taut.kernels.lookup import pack_indices
+
+from .conftest import needs_native
 
 
 def given(steps: int, batch: int, size: int) -> dict[str, torch.Tensor]:
@@ -38,7 +40,7 @@ def test_it_is_the_definition(variant: tuple[str, ...], steps: int, batch: int, 
     assert all(torch.equal(v, before[k]) for k, v in args.items())
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from taut.kernels import native
+from .conftest import needs_native
 
 FORWARD = """
 import torch
@@ -48,7 +48,7 @@ print(beside - activations + torch.ops.taut.scratch_bytes())
 """
 
 
-@pytest.mark.skipif(not native.LOADED, reason="the native kernels are not built")
+@needs_native
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("kind", ["shared", "sparse", "bits", "hashed"])
 def test_a_forward_takes_little_beside_weights_and_activations(kind: str, batch: int) -> None:
