@@ -9,7 +9,8 @@ from torch import Tensor
 
 from taut.kernels import BitWeights, Levels, bitplane_conv2d, bitplane_matmul, native, reference
 
-from .bitplane_cases import activations, levels_of, needs_native, packed
+from .bitplane_cases import activations, levels_of, packed
+from .conftest import needs_native
 
 Arguments = dict[str, object]
 Change = Callable[[Arguments], Arguments]
