@@ -110,7 +110,7 @@ def bitplanes(b: Bench) -> list[Figure]:
 
 def _inner_loop(b: Bench) -> Figure:
     """What twice as many outputs cost one thread, by which packing and all else fall away."""
-    outputs, side, batch = (64, 256, 12) if b.quick else (1024, 4096, 240)
+    outputs, side, batch = (256, 1024, 48) if b.quick else (1024, 4096, 240)
     x, levels = torch.randn(batch, side), Levels.sign()
     half, whole = (
         BitWeights.pack(torch.rand(n, 1, side) > 0.5, torch.rand(n, 1))
@@ -212,20 +212,6 @@ def sparse(b: Bench) -> list[Figure]:
                     )
                 )
     return found
-
-
-def _beside_csr(b: Bench, name: str, x: Tensor, csr: Tensor, ours: Run) -> Figure:
-    """The layer as one would write it, F.linear; beside it the faster csr @ x.T, transposed."""
-    took, linear, matmul = b.medians(ours, lambda: F.linear(x, csr), lambda: csr @ x.T)
-    note = f"{1e3 * took:.3g} of {1e3 * linear:.3g} ms; csr @ x.T: {matmul / took:.2g}×"
-    return Figure(
-        name=name,
-        paper=note,
-        ours=linear / took,
-        asked=5,
-        at_most=False,
-        unit="×",
-    )
 
 
 def hashes(b: Bench) -> list[Figure]:
