@@ -30,7 +30,7 @@ FLOORS = (
     {"recoding"},
     {"layers"},
     {"techniques"},
-    {"task", "goal", "recipe", "tune"},
+    {"task", "goal", "recipe", "tune", "regularise"},
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},

@@ -12,6 +12,7 @@ import taut
 from taut.errors import RecipeError, TrainingError
 from taut.modules import clone, tensor_at
 from taut.recover import Recover, adjusted_dropout, attach_schedules, recover, settled
+from taut.regularise import Regularise
 from taut.techniques import PruneWeights, ShareValues
 
 
@@ -100,15 +101,15 @@ def test_a_task_of_its_own_loss_distils_by_squared_distance(trained):
 
 
 def test_weight_decay_and_l1_shrink_weights(trained, task):
-    def norm(**options):
+    def norm(settings=(), **options):
         net = clone(trained)
         torch.manual_seed(0)
-        recover(net, task, Recover(epochs=2, distill=0.0, **options))
+        recover(net, task, Recover(epochs=2, distill=0.0, **options), settings=settings)
         return float(net[0].weight.detach().abs().sum())
 
     plain = norm()
     assert norm(weight_decay=1.0) < plain
-    assert norm(l1=1e-3) < plain
+    assert norm([Regularise(kind="l1", weight=1e-3)]) < plain
 
 
 def test_the_learning_rate_is_a_tenth_of_the_tasks_and_falls(trained):

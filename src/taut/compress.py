@@ -414,8 +414,9 @@ class _Trial:
             self.run.watch.on_batch(epoch, step.epochs, batch, batches)
 
         self.history += recover(
-            self.model, self.task, step, teacher=clone(self.run.model), trace=self.trace,
-            step=self.step, resume=self.recovering, on_epoch=on_epoch, on_batch=on_batch,
+            self.model, self.task, step, settings=self.recipe.settings(self.step),
+            teacher=clone(self.run.model), trace=self.trace, step=self.step,
+            resume=self.recovering, on_epoch=on_epoch, on_batch=on_batch,
         )  # fmt: skip
 
     def _measure(self) -> Candidate:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from taut.errors import RecipeError, did_you_mean
-from taut.technique import STEPS, Step, interval
+from taut.technique import STEPS, Setting, Step, interval
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Recipe:
 
     def __str__(self) -> str:
         return " > ".join(str(s) for s in self.steps)
+
+    def settings(self, step: int) -> tuple[Setting, ...]:
+        """Those in force at a step: the last one of each name before it."""
+        return tuple({s.name: s for s in self.steps[:step] if isinstance(s, Setting)}.values())
 
     @classmethod
     def parse(cls, text: str | Recipe | Sequence[Step]) -> Recipe:

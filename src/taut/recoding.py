@@ -278,6 +278,13 @@ class Form(nn.Module, ABC):
         """Which entries of the core count, given which of the output do; None for all."""
         return outer
 
+    def rate(self, core: Tensor) -> Tensor | None:
+        """A differentiable estimate of the bits that this weight takes in the file, a scalar.
+
+        What the core of the core takes is its own form's. None where training cannot change it.
+        """
+        return None
+
     def advance(self, core: Tensor, progress: float) -> None:
         """Follow a schedule: called after each optimizer step with progress in [0, 1]."""
         return None

@@ -1,19 +1,21 @@
 """Training after a technique: fine-tuning, distilled from the original network.
 
-    loss = (1 - d) · task loss + d · T² · KL(p ‖ q) + l1 · Σ|W|
+    loss = (1 - d) · task loss + d · T² · KL(p ‖ q) + penalties + bytes_weight · bytes
     p = softmax(original / T), q = softmax(network / T)
 
-d: distill, T: temperature. Where the task is no classification by cross-entropy, the second term
-is the mean squared distance between the two outputs. Hinton, Vinyals, Dean: Distilling the
-Knowledge in a Neural Network (2015). The learning rate is a tenth of the task's and dropout
-shrinks with the connections that are left, D·sqrt(kept) (Han et al., NIPS 2015).
+d: distill, T: temperature; penalties: of the `regularise` before; bytes: what the forms that can
+tell estimate to take in the file, at a price that rises over the first third of the training. Where
+the task is no classification by cross-entropy, the second term is the mean squared distance between
+the two outputs. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). The
+learning rate is a tenth of the task's and dropout shrinks with the connections that are left,
+D·sqrt(kept) (Han et al., NIPS 2015).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +27,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from taut.errors import TrainingError
-from taut.modules import parametrization, parametrized_names, tensor_at
+from taut.modules import device_of, parametrization, parametrized_names, tensor_at
 from taut.recoding import Chain
+from taut.regularise import Regularise
 from taut.task import Batch, Task
-from taut.technique import Step, option, register_step
+from taut.technique import Setting, Step, option, register_step
 from taut.trace import Trace
 from taut.types import EpochRecord
 
@@ -47,9 +50,11 @@ class Recover(Step):
     optimizer: str = option("adam", choices=("adam", "sgd"), help="sgd has momentum 0.9")
     schedule: str = option("cosine", choices=("cosine", "constant"), help="of the learning rate")
     weight_decay: float = option(0.0, low=0, high=1, help="L2, decoupled, on weights alone")
-    l1: float = option(0.0, low=0, help="price of each |weight|")
     distill: float = option(0.5, low=0, high=1, help="share of the loss that the original gives")
     temperature: float = option(4.0, low=0.1, high=100, help="of the distilled outputs")
+    bytes_weight: float = option(
+        0.0, low=0, help="price of a byte of the file, in units of the loss"
+    )
 
 
 def recover(
@@ -57,6 +62,7 @@ def recover(
     task: Task,
     options: Recover,
     *,
+    settings: Sequence[Setting] = (),
     teacher: nn.Module | None = None,
     trace: Trace | None = None,
     step: int = 0,
@@ -66,14 +72,15 @@ def recover(
 ) -> list[EpochRecord]:
     """Train in place and leave the best weights in the model; returns one record per epoch.
 
-    teacher: the original network, to distil from. trace: of the original, to adjust its dropout.
+    settings: what else to train by, at most one of a kind. teacher: the original network, to distil
+    from. trace: of the original, to adjust its dropout.
     resume: a state that on_epoch was given, to go on after that epoch. Raises TrainingError when
     the loss is no longer finite; the model keeps the best weights so far.
     """
     if options.epochs == 0:
         return []
     accelerator = Accelerator()
-    run = _Run(accelerator.prepare_model(model), task, options, accelerator, teacher)
+    run = _Run(accelerator.prepare_model(model), task, options, accelerator, teacher, settings)
     if resume is not None:
         run.load(resume)
     adjusted = adjusted_dropout(model, teacher, trace)
@@ -125,6 +132,17 @@ def settled(model: nn.Module) -> bool:
     return all(links.settled() for links, _ in _chains(model))
 
 
+def coded_bytes(model: nn.Module) -> Tensor:
+    """What the forms that can tell estimate to take in the file: differentiable, a scalar."""
+    total = torch.zeros((), device=device_of(model))
+    for links, core in _chains(model):
+        for form, its_core in links.stages(core):
+            bits = form.rate(its_core)
+            if bits is not None:
+                total = total + bits / 8
+    return total
+
+
 @contextmanager
 def adjusted_dropout(
     model: nn.Module, original: nn.Module | None, trace: Trace | None
@@ -154,9 +172,9 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, task: Task, options: Recover, accelerator: Accelerator,
-        teacher: nn.Module | None,
+        teacher: nn.Module | None, settings: Sequence[Setting],
     ) -> None:  # fmt: skip
-        self.model, self.task, self.options = model, task, options
+        self.model, self.task, self.options, self.settings = model, task, options, settings
         self.accelerator = accelerator
         distils = options.distill > 0 and teacher is not None
         self.teacher = teacher.to(accelerator.device).eval() if distils and teacher else None
@@ -194,7 +212,7 @@ class _Run:
             self._set_rate(done)
             self.optimizer.zero_grad()
             with parametrize.cached():
-                loss = self._loss(batch)
+                loss = self._loss(batch) + self._price(done) * coded_bytes(self.model)
                 self.accelerator.backward(loss)
             value = loss.detach().double().cpu()
             if not bool(value.isfinite()):
@@ -217,6 +235,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.start_rate * factor
 
+    def _price(self, progress: float) -> float:
+        """Of a byte: it rises over the first third, so that the weights can make room."""
+        return self.options.bytes_weight * min(1.0, 3 * progress)
+
     def _loss(self, batch: Batch) -> Tensor:
         output = self.model(*batch.args, **batch.kwargs)
         loss = self.task.loss_of(output, batch.target)
@@ -225,9 +247,9 @@ class _Run:
                 wanted = self.teacher(*batch.args, **batch.kwargs)
             share = self.options.distill
             loss = (1 - share) * loss + share * self._distance(output, wanted)
-        if self.options.l1:
-            weights = (p for p in self.model.parameters() if p.requires_grad and p.dim() >= 2)
-            loss = loss + self.options.l1 * sum(w.abs().sum() for w in weights)
+        for setting in self.settings:
+            if isinstance(setting, Regularise):
+                loss = loss + setting.penalty(self.model)
         return loss
 
     def _distance(self, output: Tensor, wanted: Tensor) -> Tensor:

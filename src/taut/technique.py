@@ -88,6 +88,14 @@ class Step:
         return fields(cls)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting(Step):
+    """A step that does nothing by itself and changes how every later recovery trains.
+
+    A later setting of the same name takes its place.
+    """
+
+
 STEPS: dict[str, type[Step]] = {}
 """Every step, by the name that recipes use."""
 
