@@ -39,7 +39,7 @@ from taut.kernels.lookup import pack_indices
 from taut.kernels.sparse import pack_rows
 from taut.layers import pack_layer, run_dense
 from taut.recoding import PackedWeight, Plain
-from taut.techniques.prune_weights import SparseWeight
+from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 from taut.tune import tune
 

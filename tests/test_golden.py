@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
-from taut.techniques.prune_weights import SparseWeight
+from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 
 FOLDER = Path(__file__).parent / "golden"

@@ -28,7 +28,7 @@ FLOORS = (
     {"data", "trace", "statistics"},
     {"technique"},
     {"recoding"},
-    {"layers"},
+    {"layers", "sparse_weight"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise"},
     {"recover", "measure", "pack"},

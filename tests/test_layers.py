@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from taut.layers import Packed, pack_layer, packed_layers, run_dense
 from taut.recoding import PackedWeight, Plain
-from taut.techniques.prune_weights import SparseWeight
+from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 
 Make = Callable[[Tensor], PackedWeight]

@@ -12,8 +12,8 @@ from taut.errors import FormatError
 from taut.layers import packed_layers, run_dense
 from taut.pack import encode, inspect, load, pack, packed_state
 from taut.recoding import Plain, Recoding, chain
+from taut.sparse_weight import SparseWeight
 from taut.techniques import PruneWeights, ShareValues
-from taut.techniques.prune_weights import SparseWeight
 from taut.techniques.share_values import SharedValues
 from taut.types import Site
 

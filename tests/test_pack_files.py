@@ -12,8 +12,8 @@ from torch import nn
 from taut.errors import FormatError, RunError
 from taut.pack import encode, inspect, load, pack, packed_state
 from taut.recoding import Plain, Recoding
+from taut.sparse_weight import SparseWeight
 from taut.techniques import PruneWeights
-from taut.techniques.prune_weights import SparseWeight
 from taut.zoo.lenet import LeNet5
 
 # ---- sizes ----------------------------------------------------------------------------------
