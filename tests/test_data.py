@@ -389,3 +389,75 @@ def test_real_mnist() -> None:
     scaled = data.images(real.train_images)
     assert abs(float(scaled.mean())) < 1e-3
     assert abs(float(scaled.std()) - 1) < 1e-3
+
+
+# The King James text
+
+
+BIBLE = b"Ge1:1 In the beginning.\nRev22:21 Amen: 3:16 is no reference.\n"
+VERSES = "In the beginning.\nAmen: 3:16 is no reference.\n"
+
+
+def fake_bible(monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
+    """A `bible` on PATH that says this, and is asked for the whole book, a verse a line."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert command == ["/usr/bin/bible", "-f", "Gen1:1-Rev22:21"]
+        return subprocess.CompletedProcess(command, 0, stdout=says)
+
+    monkeypatch.setattr("taut.data.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("taut.data.subprocess.run", run)
+    monkeypatch.setattr(data, "KING_JAMES_DIGESTS", digests({"king-james.txt": BIBLE}))
+
+
+def test_king_james_comes_from_debian_and_stays(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_bible(monkeypatch, BIBLE)
+    assert data.king_james() == VERSES
+    monkeypatch.setattr("taut.data.shutil.which", lambda name: None)
+    assert data.king_james() == VERSES
+
+
+def test_another_edition_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_bible(monkeypatch, BIBLE + b"!")
+    with pytest.raises(DataError, match=r"king-james\.txt has a wrong SHA-256"):
+        data.king_james()
+    assert not (cache / "king-james").exists()
+
+
+def test_without_the_program_the_packages_are_named(cache: Path) -> None:
+    with pytest.raises(DataError, match="apt-get install bible-kjv bible-kjv-text"):
+        data.king_james()
+
+
+def test_characters_are_places_in_the_alphabet() -> None:
+    tokens, alphabet = data.characters("to be, or not\U0001f600")
+    assert alphabet == " ,benort\U0001f600"
+    assert "".join(alphabet[i] for i in tokens.tolist()) == "to be, or not\U0001f600"
+
+
+@pytest.mark.parametrize(("length", "steps", "n"), [(7, 3, 2), (8, 3, 2), (6, 3, 1), (2, 1, 1)])
+def test_windows_are_followed_by_their_targets(length: int, steps: int, n: int) -> None:
+    inputs, targets = data.windows(torch.arange(length) * 10, steps)
+    assert inputs.shape == targets.shape == (n, steps)
+    assert torch.equal(inputs.flatten(), torch.arange(n * steps) * 10)
+    assert torch.equal(targets, inputs + 10)
+
+
+@pytest.mark.parametrize(("length", "steps"), [(3, 3), (0, 1), (5, 0)])
+def test_windows_refuse_a_short_text(length: int, steps: int) -> None:
+    with pytest.raises(DataError, match=f"got {steps} steps and {length} tokens"):
+        data.windows(torch.arange(length), steps)
+
+
+def test_real_king_james() -> None:
+    try:
+        text = data.king_james()
+    except DataError as error:
+        pytest.skip(f"the King James text is not to be had here: {error}")
+    verses = text.splitlines()
+    assert len(verses) == 31_102
+    assert verses[0] == "In the beginning God created the heaven and the earth."
+    assert verses[-1] == "The grace of our Lord Jesus Christ be with you all. Amen."
+    assert not set(text) & set("0123456789")

@@ -23,8 +23,11 @@ Data = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def top1(output: Tensor, target: Tensor) -> float:
-    """The fraction of examples whose largest output is the target's. output: [n, classes]."""
-    return int((output.argmax(-1) == target).sum()) / target.numel()
+    """The fraction of targets whose largest output is theirs.
+
+    output: [n, classes] for a target [n], or [n, classes, ...] for [n, ...], as for cross-entropy.
+    """
+    return int((output.argmax(1) == target).sum()) / target.numel()
 
 
 @dataclass(frozen=True, kw_only=True)

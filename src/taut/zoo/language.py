@@ -1,0 +1,94 @@
+"""Two small language models: tokens in, scores of each next token out.
+
+Both take [n, steps] int64 and give [n, vocabulary, steps]: the classes stand in dimension 1, where
+cross-entropy, the default loss of a Task, wants them for targets [n, steps].
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LstmLanguageModel(nn.Module):
+    """An embedding, an LSTM, and a layer over its states (Zaremba, Sutskever, Vinyals 2014).
+
+    [n, steps] → [n, vocabulary, steps]. Parameters: vocabulary · (embedding + hidden + 1), and
+    4 · hidden · (inputs + hidden + 2) for each layer of the LSTM; 64 · 321 + 329,728 = 350,272
+    for 64 tokens and the defaults.
+    """
+
+    def __init__(
+        self, vocabulary: int, embedding: int = 64, hidden: int = 256, layers: int = 1,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.lstm = nn.LSTM(
+            embedding, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0
+        )
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.lstm(self.drop(self.embedding(tokens)))
+        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2)
+
+
+class TransformerLanguageModel(nn.Module):
+    """A causal transformer: pre-norm blocks, GELU, learned positions (Radford et al. 2019).
+
+    [n, steps] → [n, vocabulary, steps], steps ≤ context. tied: the head shares the weight of the
+    embedding (Press, Wolf 2017). With w for width: 2 · vocabulary · w + vocabulary (tied:
+    vocabulary · w) parameters outside the blocks, context · w of positions, 12 w² + 13 w for each
+    block and 2 w of the last norm. Raises ValueError where the heads do not divide the width, or
+    an input has more steps than the context.
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int = 128, heads: int = 4, layers: int = 2,
+        context: int = 128, dropout: float = 0.0, tied: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads must divide the width, got width={width} and heads={heads}")
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.zeros(context, width))
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(_Block(width, heads, dropout) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=not tied)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        steps, context = tokens.shape[1], self.positions.shape[0]
+        if steps > context:
+            raise ValueError(f"tokens must have at most {context} steps, got {steps}")
+        x = self.drop(self.embedding(tokens) + self.positions[:steps])
+        return cast(Tensor, self.head(self.norm(self.blocks(x)))).transpose(1, 2)
+
+
+class _Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), each position seeing none later."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.shape[1]
+        later = torch.ones(steps, steps, dtype=torch.bool, device=x.device).triu(1)
+        y = self.norm1(x)
+        y, _ = self.attention(y, y, y, attn_mask=later, need_weights=False)
+        x = x + self.drop(y)
+        y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + cast(Tensor, self.drop(y))
