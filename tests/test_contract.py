@@ -4,7 +4,7 @@ import pytest
 
 from taut.recoding import Recoding
 from taut.technique import techniques
-from taut.techniques import PruneWeights, ShareValues
+from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.testing import RecodingContract
 
 
@@ -22,6 +22,10 @@ class TestShareValues(RecodingContract):
         ShareValues(bits=8),
         ShareValues(bits=3, init="random"),
     )
+
+
+class TestCodeLength(RecodingContract):
+    under_test = (CodeLength(), CodeLength(resolution=0.2, vectors=False))
 
 
 @pytest.mark.parametrize("name", sorted(techniques()))

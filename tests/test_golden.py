@@ -18,6 +18,7 @@ from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
+from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
 
 FOLDER = Path(__file__).parent / "golden"
@@ -68,6 +69,10 @@ def shared(*shape: int) -> PackedWeight:
     return SharedValues(index(torch.Size(shape).numel()).reshape(shape), Plain.of(TABLE))
 
 
+def integers(*shape: int) -> PackedWeight:
+    return Integers((numbers(*shape) * 16).long(), torch.tensor(0.0625))
+
+
 def sparse_shared(*shape: int) -> PackedWeight:
     kept = mask(*shape)
     return SparseWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)))
@@ -86,18 +91,21 @@ WRITTEN = {
     "plain": plain,
     "sparse": sparse,
     "shared_values": shared,
+    "integers": integers,
     "sparse_shared": sparse_shared,
 }
 MEANT = {
     "plain": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
+    "integers": numbers,
     "sparse_shared": dense_sparse_shared,
 }
 NODES: dict[str, Any] = {
     "plain": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
+    "integers": ["integers.v1"],
     "sparse_shared": [
         "sparse.v1",
         {},
@@ -216,5 +224,5 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20
     count = {t.names[0]: sum(p.count for p in t.parts.values()) for t in summary.tensors}
     kept = int(mask(20, 20).sum())
-    expected = {"plain": 400, "sparse": 400 + kept, "shared_values": 405}
+    expected = {"plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404}
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from taut.coding import Encoder
 from taut.errors import FormatError
 from taut.pack import DICTIONARY, inspect, load, pack
 from taut.techniques import PruneWeights, ShareValues
@@ -32,6 +34,7 @@ from taut.types import Site
 FOLDER = Path(__file__).parent / "hostile"
 MAGIC = b"TAUT\x01"
 PLAIN = ["plain.v1"]
+ONE = b"\x80\x3f"  # a bfloat16
 SHARED = ["shared_values.v1", {"entries": 4}, {"table": PLAIN}]
 SPARSE = ["sparse.v1", {}, {"values": PLAIN}]
 
@@ -105,6 +108,17 @@ def torch_file() -> bytes:
     out = io.BytesIO()
     torch.save({"weight": torch.zeros(3, 4)}, out)
     return out.getvalue()
+
+
+def scaled(low: int, high: int, step: bytes, *numbers: int) -> bytes:
+    """A file whose weight is whole numbers from low to high times a bfloat16."""
+    coder = Encoder()
+    scale = bytes([low % 256, (high - low) % 256]) + step
+    coder.plain("scale", np.frombuffer(scale, np.uint8), 1, 4)
+    index = np.resize(np.array(numbers or [0], np.int64), 12) - low
+    coder.symbols("index", index, high - low + 1, 12)
+    coder.plain("bias", np.zeros(6, np.uint8), 2, 3)
+    return weight(["integers.v1"], coder.finish())
 
 
 NAN = '[["weight",[3,4],["plain.v1",{"as":NaN}]]]'
@@ -234,6 +248,11 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     ),
     "values_missing": (weight(["sparse.v1"]), "sparse.v1 lacks its part 'values'"),
     "sparse_scalar": (entries(["a", [], SPARSE]), "needs a shape of at least one dimension"),
+    "integers_low": (scaled(-128, 0, ONE), r"numbers lie in \[-127, 127\] .* got \[-128, 0\]"),
+    "integers_high": (scaled(0, 128, ONE), r"numbers lie in \[-127, 127\] .* got \[0, 128\]"),
+    "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
+    "step_nan": (scaled(0, 1, b"\xc0\x7f", 0, 1), "steps above 0, got .* and nan"),
+    "integers_unfilled": (scaled(-1, 2, ONE, 0, 1), r"do not fill \[-1, 2\]"),
     # ---- the stream
     "stream_missing": (weight(SHARED), "the coded stream"),
     "stream_random": (weight(PLAIN, bytes(range(7, 47))), "the coded stream"),
@@ -397,8 +416,8 @@ JSON = st.recursive(
     max_leaves=12,
 )  # fmt: skip
 NODES = st.recursive(
-    st.sampled_from([None, "float32", "bfloat16", "int64"]).map(
-        lambda p: PLAIN if p is None else ["plain.v1", {"as": p}]
+    st.sampled_from([None, "", "float32", "bfloat16", "int64"]).map(
+        lambda p: PLAIN if p is None else ["integers.v1"] if p == "" else ["plain.v1", {"as": p}]
     ),
     lambda inner: st.one_of(
         st.builds(lambda v: ["sparse.v1", {}, {"values": v}], inner),

@@ -28,7 +28,7 @@ FLOORS = (
     {"data", "trace", "statistics"},
     {"technique"},
     {"recoding"},
-    {"layers", "sparse_weight"},
+    {"layers", "sparse_weight", "indexed_weight"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise"},
     {"recover", "measure", "pack"},

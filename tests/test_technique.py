@@ -198,6 +198,7 @@ TRACE = Trace(
         site("rnn.weight_ih_l0"),
         site("rnn.weight_hh_l0"),
     ),
+    vectors=(),
     parameters=20,
     macs=20,
     feeds=(),

@@ -437,7 +437,7 @@ class _Trial:
             "step": self.step,
             "forms": {
                 site.name: [str(t) for t in links.recipe]
-                for site, links in chains(self.model, self.trace.sites)
+                for site, links in chains(self.model, self.trace.places)
             },
             "model": self.model.state_dict(),
             "recover": self.recovering,

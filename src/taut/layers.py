@@ -40,11 +40,11 @@ class Packed(nn.Module):
         return super().__getattr__(name)
 
     def decoded(self, name: str) -> Tensor:
-        """The dense weight: kept once the layer runs dense, else made anew at each call."""
+        """The dense weight, made anew each time; kept for vectors and where the layer runs dense."""
         if name in self._decoded:
             return self._decoded[name]
         dense = cast(PackedWeight, self.packed[name]).dense().to(self._dtypes[name])
-        if self.runs_dense:
+        if self.runs_dense or dense.dim() < 2:
             self._decoded[name] = dense
             self.__dict__[name] = dense  # found without __getattr__ from now on
         return dense
@@ -59,6 +59,11 @@ class Packed(nn.Module):
         if name in self.packed:
             return cast(PackedWeight, self.packed[name]).matmul(x)
         return F.linear(x, getattr(self, name))
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether any of its packed weights is a matrix; vectors always run decoded."""
+        return any(len(cast(PackedWeight, w).shape) > 1 for w in self.packed.values())
 
     def decoded_bytes(self) -> int:
         """What the dense copies take beside the packed weights, once the layer runs dense."""

@@ -43,7 +43,7 @@ def check(recipe: Recipe, trace: Trace) -> None:
 
     Shapes alone decide: nothing is fitted.
     """
-    cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.sites}
+    cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
     for step in recipe.steps:
         for site in step.sites(trace) if isinstance(step, Technique) else ():
             stack = cores[site.name]
@@ -56,7 +56,7 @@ def check(recipe: Recipe, trace: Trace) -> None:
 
 def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statistics) -> Forecast:
     """Predict the size of the file, the non-zero parameters and the effective MACs."""
-    chains: dict[str, list[Recoding]] = {s.name: [] for s in trace.sites}
+    chains: dict[str, list[Recoding]] = {s.name: [] for s in trace.places}
     kept = {s.name: s.numel for s in trace.sites}
     for step in recipe.steps:
         if not isinstance(step, Recoding):

@@ -278,10 +278,11 @@ class Form(nn.Module, ABC):
         """Which entries of the core count, given which of the output do; None for all."""
         return outer
 
-    def rate(self, core: Tensor) -> Tensor | None:
+    def rate(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         """A differentiable estimate of the bits that this weight takes in the file, a scalar.
 
-        What the core of the core takes is its own form's. None where training cannot change it.
+        outer: bool, which entries of the output are stored; None for all. What the core of the
+        core takes is its own form's. None where training cannot change it.
         """
         return None
 

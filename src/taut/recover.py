@@ -136,8 +136,10 @@ def coded_bytes(model: nn.Module) -> Tensor:
     """What the forms that can tell estimate to take in the file: differentiable, a scalar."""
     total = torch.zeros((), device=device_of(model))
     for links, core in _chains(model):
+        matters: Tensor | None = None
         for form, its_core in links.stages(core):
-            bits = form.rate(its_core)
+            bits = form.rate(its_core, matters)
+            matters = form.matters(its_core, matters)
             if bits is not None:
                 total = total + bits / 8
     return total

@@ -129,9 +129,13 @@ class Technique(Step, ABC):
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
         """Where it applies: by default every site that `only` matches."""
-        chosen = tuple(s for s in trace.sites if self._matches(s))
+        return self._chosen(trace.sites)
+
+    def _chosen(self, among: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Those that `only` matches."""
+        chosen = tuple(s for s in among if self._matches(s))
         if not chosen:
-            known = ", ".join(s.name for s in trace.sites) or "none, the network has no weights"
+            known = ", ".join(s.name for s in among) or "none, the network has no weights"
             raise RecipeError(f"{self.name}: only={self.only!r} matches no site; known: {known}")
         return chosen
 

@@ -45,10 +45,12 @@ class Feed:
 class Trace:
     """Sites in the order of execution, work per example, and the links between sites.
 
-    dropouts: for each dropout module, the name of the first site after it.
+    vectors: the one-dimensional parameters, biases and norms. dropouts: for each dropout module the
+    first site after it.
     """
 
     sites: tuple[Site, ...]
+    vectors: tuple[Site, ...]
     parameters: int
     macs: int
     feeds: tuple[Feed, ...]
@@ -63,8 +65,13 @@ class Trace:
             k: to_device(v, device) for k, v in kwargs.items()
         }
 
+    @property
+    def places(self) -> tuple[Site, ...]:
+        """Sites and vectors: everywhere that a technique may recode."""
+        return self.sites + self.vectors
+
     def site(self, name: str) -> Site:
-        return next(s for s in self.sites if name in s.names)
+        return next(s for s in self.places if name in s.names)
 
 
 def trace(model: nn.Module, example: Example) -> Trace:
@@ -172,6 +179,7 @@ class _Reader:
         self._walk(self.module)
         return Trace(
             sites=self._sites(),
+            vectors=self._vectors(),
             parameters=sum(p.numel() for p in self.model.parameters()),
             macs=self.macs // self.batch,
             feeds=self._feeds(),
@@ -297,6 +305,14 @@ class _Reader:
             )
             for name, (kind, macs) in self.work.items()
         )
+
+    def _vectors(self) -> tuple[Site, ...]:
+        return tuple(
+            Site(name=name, kind="vector", shape=tuple(value.shape), macs=0,
+                 aliases=self.aliases[name])
+            for name, value in self.model.named_parameters()
+            if value.dim() == 1 and value.is_floating_point()
+        )  # fmt: skip
 
     def _feeds(self) -> tuple[Feed, ...]:
         return tuple(

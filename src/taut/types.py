@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["linear", "conv", "embedding", "lstm", "gru", "rnn", "attention"]
+Kind = Literal["linear", "conv", "embedding", "lstm", "gru", "rnn", "attention", "vector"]
 Direction = Literal["higher", "lower"]
 
 
@@ -16,7 +16,8 @@ class Site:
     """One place where a weight lives: `encoder.rnn.weight_hh_l0`, its kind, shape and work.
 
     macs are multiply-accumulates for one example. aliases are further names of the same tensor
-    (a tied weight is one site).
+    (a tied weight is one site). The one-dimensional parameters, biases and norms, are vectors: most
+    techniques leave them alone.
     """
 
     name: str

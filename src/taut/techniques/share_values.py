@@ -21,12 +21,10 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
-from taut.kernels import lookup_lstm, lookup_matmul
-from taut.kernels.lookup import pack_indices, unpack_indices
+from taut.indexed_weight import IndexedWeight
 from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
 from taut.statistics import Statistics
 from taut.technique import option, register_step
@@ -112,52 +110,17 @@ class _Gather(torch.autograd.Function):
 
 
 @register_format("shared_values.v1")
-class SharedValues(PackedWeight):
-    """Small indices into one table.
+class SharedValues(IndexedWeight):
+    """Small indices into one table. table: a packed weight [entries]."""
 
-    codes: what `pack_indices` makes of [out, in] indices (later dimensions joined), so that a
-    3-bit index takes three bits; those of a one-dimensional weight, the values of a sparse one,
-    stay [n] uint8, as sparse products read them. table: a packed weight [entries].
-    """
-
-    codes: Tensor
     table: PackedWeight
 
     def __init__(self, index: Tensor, table: PackedWeight) -> None:
-        super().__init__(index.shape)
-        codes = index.to(torch.uint8).cpu().contiguous()
-        if index.dim() > 1:
-            codes = pack_indices(codes.flatten(1), self._bits_of(table.numel))
-        self.register_buffer("codes", codes)
+        super().__init__(index, table.numel)
         self.table = table
-        self._floats: Tensor | None = None
 
-    @staticmethod
-    def _bits_of(entries: int) -> int:
-        return max(1, (entries - 1).bit_length())
-
-    @property
-    def index(self) -> Tensor:
-        """The indices, [*shape] uint8."""
-        if len(self.shape) < 2:
-            return self.codes
-        columns = math.prod(self.shape[1:])
-        return unpack_indices(self.codes, self.bits, columns).reshape(self.shape)
-
-    @property
-    def bits(self) -> int:
-        return self._bits_of(self.table.numel)
-
-    def float_table(self) -> Tensor:
-        """[2**bits] float32, kept between calls; entries that no weight uses are zero."""
-        if self._floats is None:
-            table = self.table.dense().float()
-            self._floats = F.pad(table, (0, 2**self.bits - len(table)))
-        return self._floats
-
-    def forget(self) -> None:
-        super().forget()
-        self._floats = None
+    def entries(self) -> Tensor:
+        return self.table.dense()
 
     def meta(self) -> Meta:
         return {"entries": self.table.numel}
@@ -177,27 +140,6 @@ class SharedValues(PackedWeight):
             raise FormatError("shared_values.v1: a table without entries cannot hold weights")
         index = coder.symbols("index", None, max(entries, 1), math.prod(shape))
         return cls(torch.from_numpy(index).reshape(shape), child("table", (entries,)))
-
-    def dense(self) -> Tensor:
-        return self.table.dense()[self.index.int()]
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return lookup_matmul(x, self.codes, self.float_table()[None, None], self.bits)
-
-    def lstm(self, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        table = self.float_table()[None, None]
-        return lookup_lstm(inputs, hidden, cell, self.codes, table, self.bits)
-
-    def rows(self, index: Tensor) -> Tensor:
-        columns = math.prod(self.shape[1:])
-        picked = unpack_indices(self.codes[index.flatten()], self.bits, columns)
-        return self.table.dense()[picked.int()].reshape(*index.shape, *self.shape[1:])
-
-    def operands(self) -> tuple[Tensor, Tensor | None]:
-        return (self.codes, self.float_table()) if len(self.shape) == 1 else super().operands()
-
-    def count_nonzero(self) -> int:
-        return int((self.table.dense() != 0)[self.index.int()].sum())
 
 
 def _k_means(values: Tensor, entries: int, init: str, iterations: int) -> Tensor:

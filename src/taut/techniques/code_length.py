@@ -1,0 +1,219 @@
+"""Training for the shortest file: whole numbers times a learned step, whose code is in the loss.
+
+    W'[i, j] = step · q[i, j],    q = round(W / step),    loss + price · bytes(q)
+
+The gradient passes the rounding straight through, to W and to the step. bytes(q) is what the file
+takes: where the nonzero q lie, and what they are. How likely a weight is to be nonzero follows from
+how many others of its row and of its column are, as in the file's own coder; sizes follow a
+geometric distribution. A weight on its way from 0 to ±1 pays what its position and its sign would
+cost there, one on its way further what a longer number costs: the expected length under uniform
+noise of one step, in closed form. So rows and columns that are nearly empty become empty, and whole
+neurons go.
+
+W: any shape, seen as [out, in]; step: one number for each site, stored as bfloat16; q: |q| <= 127.
+
+Oktay, Ballé, Singh, Shrivastava: Scalable Model Compression by Entropy Penalized Reparameterization
+(ICLR 2020); the noise is that of Ballé, Laparra, Simoncelli (ICLR 2017), the step's gradient that
+of Esser and others, Learned Step Size Quantization (ICLR 2020). Where we differ: the prior is not
+trained but counted, from the very weights, at every step, and knows rows and columns; the length
+is exact in expectation, so that no noise is drawn; the network itself runs on rounded weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taut.coding import Coder
+from taut.errors import FormatError, RecipeError
+from taut.indexed_weight import IndexedWeight
+from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
+from taut.sparse_weight import SparseWeight
+from taut.statistics import Statistics
+from taut.technique import option, register_step
+from taut.trace import Trace
+from taut.types import Site
+
+MOST = 127
+
+
+@register_step
+@dataclass(frozen=True, kw_only=True)
+class CodeLength(Recoding):
+    """Write weights as whole numbers times a learned step, and train them for a short code.
+
+    The training is that of the next `recover(bytes_weight=…)`, or `recover` after `aim(…)`: the
+    price of a byte decides how small the file becomes. Biases and norms are coded too.
+    """
+
+    resolution: float = option(
+        0.5, low=2.0**-8, high=4, help="the step at the start, in standard deviations of the weight"
+    )
+    vectors: bool = option(True, help="whether biases and norms are coded too, or stored plainly")
+
+    def sites(self, trace: Trace) -> tuple[Site, ...]:
+        return self._chosen(trace.places if self.vectors else trace.sites)
+
+    def predict_bytes(
+        self, site: Site, count: int, inner: Callable[[int], float] | None = None
+    ) -> float:
+        bits = max(0.3, 1.92 - math.log2(self._resolution(site)))  # of a bell curve so rounded
+        return count * bits / 8 + 5
+
+    def _resolution(self, site: Site) -> float:
+        return self.resolution / 4 if site.kind == "vector" else self.resolution
+
+    def blank(self, core: Tensor) -> tuple[Form, Tensor]:
+        return Rounded(torch.zeros(())), core
+
+    def fit(
+        self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
+    ) -> tuple[Form, Tensor]:
+        if not bool(core.isfinite().all()):
+            raise RecipeError(f"code_length: site {site.name!r} holds NaN or infinite weights")
+        held = core if matters is None else core[matters]
+        spread = float(held.square().mean().sqrt()) if held.numel() else 0.0
+        step = self._resolution(site) * (spread or 1.0)
+        return Rounded(torch.tensor(step).log()), core
+
+
+class Rounded(Form):
+    """weight = step · round(core / step). log_step: a scalar, trained."""
+
+    progress: Tensor
+
+    def __init__(self, log_step: Tensor) -> None:
+        super().__init__()
+        self.log_step = nn.Parameter(log_step)
+        self.register_buffer("progress", torch.tensor(-1.0))  # no training has begun
+
+    def step(self) -> Tensor:
+        """As the file holds it: a bfloat16."""
+        exact = self.log_step.exp()
+        return exact + (exact.bfloat16().float() - exact).detach()
+
+    def forward(self, core: Tensor) -> Tensor:
+        step = self.step()
+        scaled = core / step
+        return (scaled + (_whole(scaled) - scaled).detach()) * step
+
+    def rate(self, core: Tensor, outer: Tensor | None) -> Tensor:
+        scaled = core / self.step()
+        if outer is not None:
+            scaled = scaled[outer]
+        return cast(Tensor, _CodeLength.apply(scaled))  # type: ignore[no-untyped-call]
+
+    def advance(self, core: Tensor, progress: float) -> None:
+        self.progress.fill_(progress)
+
+    def settled(self) -> bool:
+        """The network shrinks to the last step: no earlier epoch is the one that was asked for."""
+        return not 0 <= float(self.progress) < 1
+
+    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
+        step = self.step().detach()
+        q = _whole(core / step).to(torch.int8)
+        if keep is not None:
+            return Integers(q[keep], step)
+        mask = q != 0
+        if q.dim() < 2 or 2 * int(mask.sum()) > q.numel():
+            return Integers(q, step)
+        return SparseWeight(mask, Integers(q[mask], step))
+
+
+def _whole(scaled: Tensor) -> Tensor:
+    return scaled.detach().round().clamp(-MOST, MOST)
+
+
+class _CodeLength(torch.autograd.Function):
+    """Bits of the rounded numbers; the gradient is the slope of the expected length."""
+
+    @staticmethod
+    def forward(ctx: Any, scaled: Tensor) -> Tensor:
+        bits, first, more = code_length(_whole(scaled))
+        ctx.save_for_backward(scaled, first)
+        ctx.more = more
+        return bits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        scaled, first = ctx.saved_tensors
+        slope = torch.where(scaled.abs() < 1, first, ctx.more)
+        return cast(Tensor, grads[0] * slope * scaled.sign())
+
+
+def code_length(q: Tensor) -> tuple[Tensor, Tensor, float]:
+    """What whole numbers take in the file.
+
+    q: [out, in, …] float. Returns the bits of all, a scalar; what it would cost each to be ±1
+    instead of 0 (the others as they are), of q's shape; and what each further unit costs.
+    """
+    table = q.flatten(1) if q.dim() > 1 else q[None]
+    found = (table != 0).to(torch.float32)
+    rows, columns = table.shape
+    in_column = found.sum(0, keepdim=True)
+    in_row = found.sum(1, keepdim=True)
+    overall = (float(in_row.sum()) + 0.5) / (q.numel() + 1)
+    if rows > 1:  # the expected density, without the weight itself
+        density = (in_column - found + 2 * overall) / (rows + 1)
+        expected = (in_column.sum() + 2 * overall * columns) / (rows + 2)
+        chance = density * ((in_row - found + 1) / (expected + 1))
+    else:
+        chance = (in_row - found + 0.5) / (columns + 1)
+    chance = chance.clamp(2.0**-20, 1 - 2.0**-5)
+    sizes = q.abs().sum()
+    count = float(in_row.sum())
+    ends = (count + 1) / (float(sizes) + 2)  # geometric: the chance that a number goes no further
+    first, more = 1 - math.log2(ends), -math.log2(1 - ends) if ends < 1 else 20.0
+    bits = -(1 - chance).log2().sum()
+    position = ((1 - chance) / chance).log2()
+    bits = bits + (position * found).sum() + count * first + (float(sizes) - count) * more
+    return bits, (position.clamp(min=0) + first).reshape(q.shape), more
+
+
+@register_format("integers.v1")
+class Integers(IndexedWeight):
+    """Whole numbers times a step. q: [*shape], in [-127, 127]; step: a scalar, a bfloat16."""
+
+    step: Tensor
+
+    def __init__(self, q: Tensor, step: Tensor) -> None:
+        q = q.to(torch.int16)
+        self.low, high = (int(q.min()), int(q.max())) if q.numel() else (0, 0)
+        self.count = high - self.low + 1
+        super().__init__(q - self.low, self.count)
+        self.register_buffer("step", step.detach().to("cpu", torch.bfloat16).reshape(()))
+
+    def entries(self) -> Tensor:
+        q = torch.arange(self.low, self.low + self.count, device=self.step.device)
+        return q * self.step.float()
+
+    def write(self, coder: Coder) -> None:
+        scale = np.array([self.low], "<i1").tobytes() + np.array([self.count - 1], "u1").tobytes()
+        scale += self.step.cpu().view(torch.int16).numpy().astype("<i2").tobytes()
+        coder.plain("scale", np.frombuffer(scale, np.uint8), 1, 4)
+        index = self.index.cpu().flatten().to(torch.int64).numpy()
+        coder.symbols("index", index, self.count, self.numel)
+
+    @classmethod
+    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
+        scale = coder.plain("scale", None, 1, 4)
+        low, count = int.from_bytes(scale[:1], "little", signed=True), 1 + scale[1]
+        step = torch.frombuffer(bytearray(scale[2:]), dtype=torch.bfloat16)[0]
+        high = low + count - 1
+        if not -MOST <= low <= high <= MOST or not bool(step.isfinite()) or float(step) <= 0:
+            raise FormatError(
+                f"integers.v1: numbers lie in [-127, 127] and steps above 0, got [{low}, {high}] "
+                f"and {float(step)}"
+            )
+        index = coder.symbols("index", None, count, math.prod(shape))
+        found = cls(torch.from_numpy(index).reshape(shape) + low, step)
+        if (found.low, found.count) != (low, count):
+            raise FormatError(f"integers.v1: its numbers do not fill [{low}, {high}]")
+        return found
