@@ -40,7 +40,7 @@ class Packed(nn.Module):
         return super().__getattr__(name)
 
     def decoded(self, name: str) -> Tensor:
-        """The dense weight, made anew each time; kept for vectors and where the layer runs dense."""
+        """The dense weight, made anew each time; kept for vectors and in dense layers."""
         if name in self._decoded:
             return self._decoded[name]
         dense = cast(PackedWeight, self.packed[name]).dense().to(self._dtypes[name])
