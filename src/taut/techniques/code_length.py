@@ -148,6 +148,10 @@ class _CodeLength(torch.autograd.Function):
         return cast(Tensor, grads[0] * slope * scaled.sign())
 
 
+_UNSEEN = 6.0
+"""The coder meets the others one by one and must learn: so much more does its prior weigh."""
+
+
 def code_length(q: Tensor) -> tuple[Tensor, Tensor, float]:
     """What whole numbers take in the file.
 
@@ -156,25 +160,32 @@ def code_length(q: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     table = q.flatten(1) if q.dim() > 1 else q[None]
     found = (table != 0).to(torch.float32)
-    rows, columns = table.shape
-    in_column = found.sum(0, keepdim=True)
-    in_row = found.sum(1, keepdim=True)
-    overall = (float(in_row.sum()) + 0.5) / (q.numel() + 1)
-    if rows > 1:  # the expected density, without the weight itself
-        density = (in_column - found + 2 * overall) / (rows + 1)
-        expected = (in_column.sum() + 2 * overall * columns) / (rows + 2)
-        chance = density * ((in_row - found + 1) / (expected + 1))
+    count, total = float(found.sum()), float(q.abs().sum())
+    chance = _chances(found, 1.0)
+    first = ((1 - chance) / chance).log2().clamp(min=0)
+    chance = _chances(found, _UNSEEN)
+    bits = -torch.where(found > 0, chance, 1 - chance).log2().sum()
+    stops = (count + 1) / (total + 2)  # sizes are geometric: the chance that one goes no further
+    sign, more = 1 - math.log2(stops), -math.log2(1 - stops)
+    return bits + count * sign + (total - count) * more, (first + sign).reshape(q.shape), more
+
+
+def _chances(found: Tensor, prior: float) -> Tensor:
+    """How likely each place is to hold a number, by the others of its column and its row.
+
+    found: [rows, columns] of 0 and 1. prior: how much is known before any is seen, in units of
+    what the coder's bitmap assumes.
+    """
+    rows, columns = found.shape
+    in_column, in_row = found.sum(0, keepdim=True), found.sum(1, keepdim=True)
+    overall = (float(in_row.sum()) + 0.5) / (found.numel() + 1)
+    if rows == 1:
+        chance = (in_row - found + 0.5 * prior) / (columns - 1 + prior)
     else:
-        chance = (in_row - found + 0.5) / (columns + 1)
-    chance = chance.clamp(2.0**-20, 1 - 2.0**-5)
-    sizes = q.abs().sum()
-    count = float(in_row.sum())
-    ends = (count + 1) / (float(sizes) + 2)  # geometric: the chance that a number goes no further
-    first, more = 1 - math.log2(ends), -math.log2(1 - ends) if ends < 1 else 20.0
-    bits = -(1 - chance).log2().sum()
-    position = ((1 - chance) / chance).log2()
-    bits = bits + (position * found).sum() + count * first + (float(sizes) - count) * more
-    return bits, (position.clamp(min=0) + first).reshape(q.shape), more
+        density = (in_column - found + 2 * prior * overall) / (rows - 1 + 2 * prior)
+        fullness = (in_row - found + prior) / (overall * columns + prior)
+        chance = density * fullness
+    return chance.clamp(2.0**-20, 1 - 2.0**-5)
 
 
 @register_format("integers.v1")
