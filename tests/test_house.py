@@ -30,7 +30,7 @@ FLOORS = (
     {"recoding"},
     {"layers", "sparse_weight", "indexed_weight"},
     {"techniques"},
-    {"task", "goal", "recipe", "tune", "regularise"},
+    {"task", "goal", "recipe", "tune", "regularise", "aim"},
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},

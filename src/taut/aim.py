@@ -1,4 +1,4 @@
-"""Steering the price of a byte, so that a recovery ends at a file of the size that was asked for."""
+"""Steering the price of a byte, so that a recovery ends at a file of the size asked for."""
 
 from __future__ import annotations
 
