@@ -1,7 +1,7 @@
 """Your own training loop: apply a technique, train as you always do, pack.
 
-After `taut.apply` the model is an ordinary nn.Module. Techniques that work in stages follow the
-optimizer's steps by `taut.attach_schedules`.
+After `taut.apply` the model is an ordinary nn.Module. `taut.attach_schedules` lets its masks close
+step by step, as the optimizer steps.
 """
 
 import tempfile
@@ -28,9 +28,9 @@ def network():
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
-def train(net, epochs):
+def train(net, epochs, schedule=None):
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    taut.attach_schedules(net, optimizer, total_steps=epochs * 22)
+    taut.attach_schedules(net, optimizer, total_steps=epochs * 22, schedule=schedule)
     for _ in range(epochs):
         for inputs, targets in Batches(x[:1400], y[:1400], batch_size=64, shuffle=True):
             optimizer.zero_grad()
@@ -42,8 +42,8 @@ def train(net, epochs):
 net = train(network(), epochs=20)
 before = task.evaluate(net)
 
-taut.apply(net, "prune_weights(sparsity=0.85, steps=4)", task)
-train(net, epochs=20)
+taut.apply(net, "prune_weights(sparsity=0.85)", task)
+train(net, epochs=20, schedule="schedule(kind='cubic', steps=20)")
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "net.taut"

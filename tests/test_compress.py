@@ -24,8 +24,8 @@ from taut.errors import (
 from taut.files import write_atomically
 
 RECIPE = (
-    "prune_weights(sparsity=0.8, steps=2) > recover(epochs=10) > share_values(bits=4) > "
-    "recover(epochs=5)"
+    "prune_weights(sparsity=0.8) > schedule(steps=2) > recover(epochs=10) > "
+    "share_values(bits=4) > recover(epochs=5)"
 )
 
 
@@ -284,11 +284,13 @@ def test_apply_on_forms_needs_the_trace_of_the_original(trained, task):
 
 
 def test_packing_before_the_last_stage_warns(trained, task, tmp_path, caplog):
-    taut.apply(trained, "prune_weights(sparsity=0.5, steps=2)", task)
+    taut.apply(trained, "prune_weights(sparsity=0.5)", task)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    taut.attach_schedules(trained, optimizer, total_steps=2, schedule="schedule(steps=2)")
     taut.pack(trained, tmp_path / "early.taut")
     assert "0.weight, 3.weight, 5.weight are not at full strength yet" in caplog.text
     caplog.clear()
-    taut.recover(trained, task, taut.Recover(epochs=1))
+    optimizer.step()
     taut.pack(trained, tmp_path / "net.taut")
     assert "full strength" not in caplog.text
 

@@ -11,7 +11,7 @@ from taut.testing import RecodingContract
 class TestPruneWeights(RecodingContract):
     under_test = (
         PruneWeights(sparsity=0.9),
-        PruneWeights(sparsity=0.8, scope="global", steps=3),
+        PruneWeights(sparsity=0.8, scope="global"),
         PruneWeights(quality=1.0),
     )
 

@@ -15,6 +15,7 @@ from taut.pack import pack
 from taut.plan import MOST_SPARSITY, forecast, predict_chain, propose
 from taut.recipe import Recipe
 from taut.recover import Recover
+from taut.schedules import Schedule
 from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.techniques import PruneWeights, ShareValues
@@ -177,8 +178,9 @@ def test_the_first_proposal_is_foretold_to_fit_and_no_stronger(share: int) -> No
     limit = share / 100 * ORIGINAL.size_bytes
     assert len(recipes) == 1
     assert 0.93 * limit < foretold(recipes[0]) <= limit
-    prune, first, shared, last = recipes[0].steps
+    prune, schedule, first, shared, last = recipes[0].steps
     assert isinstance(prune, PruneWeights)
+    assert schedule == Schedule()
     assert isinstance(shared, ShareValues)
     assert (first, last) == (Recover(epochs=6), Recover(epochs=3))
 

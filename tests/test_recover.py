@@ -11,7 +11,7 @@ from torch import nn
 import taut
 from taut.errors import RecipeError, TrainingError
 from taut.modules import clone, tensor_at
-from taut.recover import Recover, adjusted_dropout, attach_schedules, recover, settled
+from taut.recover import Recover, adjusted_dropout, recover
 from taut.regularise import Regularise
 from taut.techniques import PruneWeights, ShareValues
 
@@ -72,9 +72,9 @@ def test_killed_after_any_epoch_it_ends_with_the_same_weights(trained, task):
         )  # fmt: skip
         return net.state_dict()
 
-    whole = run(pruned(trained, task, steps=3))
+    whole = run(pruned(trained, task))
     for state in states[:3]:
-        again = run(pruned(trained, task, steps=3), resume=state)
+        again = run(pruned(trained, task), resume=state)
         assert all(torch.equal(again[k], v) for k, v in whole.items())
 
 
@@ -129,26 +129,6 @@ def test_dropout_shrinks_with_the_connections_and_comes_back(trained, task):
     with adjusted_dropout(net, trained, traced):
         assert net[2].p == pytest.approx(0.2 * math.sqrt(0.25), rel=0.01)
     assert net[2].p == 0.2
-
-
-def test_steps_tighten_the_mask_in_the_users_own_loop(trained, task):
-    net = pruned(trained, task, sparsity=0.9, steps=4, scope="layer")
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    detach = attach_schedules(net, optimizer, total_steps=40)
-    kept = []
-    for batch in list(task.batches("train"))[:19] * 3:
-        optimizer.zero_grad()
-        task.loss(net(*batch.args), batch.target).backward()
-        optimizer.step()
-        kept.append(int(tensor_at(net, "0.weight").count_nonzero()))
-    detach()
-    n = trained[0].weight.numel()
-    assert not settled(pruned(trained, task, steps=4))
-    assert settled(net)
-    assert kept[-1] == round(0.1 * n)
-    stages = [n * 0.1 ** (k / 4) for k in (1, 2, 3, 4)]
-    assert sorted(set(kept), reverse=True) == pytest.approx(stages, abs=1)
-    assert kept == sorted(kept, reverse=True)
 
 
 def test_a_loss_that_is_nan_stops_and_names_the_step(trained):

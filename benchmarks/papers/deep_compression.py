@@ -62,7 +62,7 @@ NETS = (
         "LeNet-300-100",
         lambda: LeNet300(dropout=0.3),
         taut.Recover(epochs=60, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
-        "prune_weights(sparsity=0.943, steps=8) > recover(epochs=60) > "
+        "prune_weights(sparsity=0.943) > schedule(steps=8) > recover(epochs=60) > "
         "share_values(bits=4) > recover(epochs=30)",
         1,
         "1070 → 27 kB (40×), 1.58 %",
@@ -74,7 +74,7 @@ NETS = (
         "LeNet-5",
         lambda: LeNet5(dropout=0.4),
         taut.Recover(epochs=16, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
-        "prune_weights(sparsity=0.97, steps=6) > recover(epochs=18) > "
+        "prune_weights(sparsity=0.97) > schedule(steps=6) > recover(epochs=18) > "
         "share_values(bits=4) > recover(epochs=8)",
         2,
         "1720 → 44 kB (39×), 0.74 %",

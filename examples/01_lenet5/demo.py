@@ -7,8 +7,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RECIPE = (
-    "prune_weights(sparsity=0.925, steps=2) > recover(epochs=6) > share_values(bits=5) > "
-    "recover(epochs=3)"
+    "prune_weights(sparsity=0.925) > schedule(steps=2) > recover(epochs=6) > "
+    "share_values(bits=5) > recover(epochs=3)"
 )
 
 

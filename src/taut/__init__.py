@@ -16,7 +16,8 @@ from taut.goal import Goal
 from taut.measure import measure
 from taut.pack import inspect, load, pack
 from taut.recipe import Recipe
-from taut.recover import Recover, attach_schedules, recover
+from taut.recover import Recover, recover
+from taut.schedules import attach_schedules
 from taut.task import Task, load_task
 from taut.trace import trace
 from taut.tune import tune

@@ -120,7 +120,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
             raise FormatError(f"pack: {names[0]}: {error}") from error
     if early:
         _log.warning(
-            "pack: %s %s not at full strength yet: train on to the last of the steps "
+            "pack: %s %s not at full strength yet: train on to the end of the schedule "
             "(taut.attach_schedules, or recover)",
             ", ".join(early), "is" if len(early) == 1 else "are",
         )  # fmt: skip

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from taut.errors import RecipeError
 from taut.goal import Goal
 from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
+from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.techniques import PruneWeights, ShareValues
@@ -41,8 +43,10 @@ class Forecast:
 def check(recipe: Recipe, trace: Trace) -> None:
     """Refuse a recipe whose steps match no site, or cannot follow one another on some site.
 
-    Shapes alone decide: nothing is fitted.
+    Shapes alone decide: nothing is fitted. Raises RecipeError too for a schedule that no recovery
+    follows.
     """
+    _check_schedules(recipe, trace)
     cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
     for step in recipe.steps:
         for site in step.sites(trace) if isinstance(step, Technique) else ():
@@ -52,6 +56,36 @@ def check(recipe: Recipe, trace: Trace) -> None:
                     stack.pop()
                 step.accepts(site, tuple(stack[-1][1].shape))
                 stack.append((step.name, step.blank(stack[-1][1])[1]))
+
+
+def _check_schedules(recipe: Recipe, trace: Trace) -> None:
+    waiting: dict[str, str] = {}  # site with a mask that may open → what has recoded it, if any
+    unused: Schedule | None = None
+    for index, step in enumerate(recipe.steps):
+        trains = isinstance(step, Recover) and step.epochs > 0
+        if isinstance(step, Recoding):
+            for site in step.sites(trace):
+                if isinstance(step, PruneWeights):
+                    waiting[site.name] = ""
+                elif waiting.get(site.name) == "":
+                    waiting[site.name] = step.name
+        elif isinstance(step, Schedule):
+            _refuse_unused(unused)
+            unused = step
+        elif trains and waiting and any(isinstance(s, Schedule) for s in recipe.settings(index)):
+            for name, recoded in waiting.items():
+                if recoded:
+                    raise RecipeError(recoded_too_early(name, recoded))
+            waiting, unused = {}, None
+    _refuse_unused(unused)
+
+
+def _refuse_unused(schedule: Schedule | None) -> None:
+    if schedule is not None:
+        raise RecipeError(
+            f"schedule: {schedule} ends after training does: no recover follows it that trains "
+            "what prune_weights removed; put prune_weights before and recover(epochs=5) after it"
+        )
 
 
 def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statistics) -> Forecast:
@@ -176,9 +210,11 @@ class _Planner:
             middle = (low + high) / 2
             fits = self._fits(Recipe((PruneWeights(sparsity=middle), share)), size_bytes)
             low, high = (low, middle) if fits else (middle, high)
-        prune = PruneWeights(sparsity=min(math.ceil(1e4 * high) / 1e4, MOST_SPARSITY), steps=4)
+        prune = PruneWeights(sparsity=min(math.ceil(1e4 * high) / 1e4, MOST_SPARSITY))
         last = max(1, epochs // 3)
-        return Recipe((prune, Recover(epochs=epochs - last), share, Recover(epochs=last)))
+        return Recipe(
+            (prune, Schedule(), Recover(epochs=epochs - last), share, Recover(epochs=last))
+        )
 
     def _fits(self, recipe: Recipe, size_bytes: float) -> bool:
         got = forecast(recipe, self.trace, self.model, self.statistics)

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
 from taut.kernels import lstm_cell
-from taut.modules import owner, parametrization, tensor_at
+from taut.modules import owner, parametrization, parametrized_names, tensor_at
 from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.types import Cost, Site
@@ -424,6 +424,16 @@ def chains(model: nn.Module, sites: Iterable[Site]) -> Iterator[tuple[Site, Chai
         links = chain(model, site)
         if links is not None:
             yield site, links
+
+
+def chains_of(model: nn.Module) -> Iterator[tuple[str, Chain, Tensor]]:
+    """Every chain of a live model: its site's first name, the chain, and what is trained there."""
+    seen = set()
+    for name in parametrized_names(model):
+        found = parametrization(model, name)
+        if found is not None and isinstance(found[0], Chain) and found[0] not in seen:
+            seen.add(found[0])
+            yield name, found[0], found.original
 
 
 def core(model: nn.Module, site: Site) -> Tensor:

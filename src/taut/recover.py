@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from taut.errors import TrainingError
-from taut.modules import device_of, parametrization, parametrized_names, tensor_at
-from taut.recoding import Chain
+from taut.modules import device_of, tensor_at
+from taut.recoding import chains_of
 from taut.regularise import Regularise
+from taut.schedules import Schedule, Schedules, settled
 from taut.task import Batch, Task
 from taut.technique import Setting, Step, option, register_step
 from taut.trace import Trace
@@ -83,11 +84,11 @@ def recover(
     run = _Run(accelerator.prepare_model(model), task, options, accelerator, teacher, settings)
     if resume is not None:
         run.load(resume)
-    adjusted = adjusted_dropout(model, teacher, trace)
-    with adjusted:
+    with run.schedules:
         for epoch in range(run.epoch, options.epochs):
             began = time.perf_counter()
-            loss = run.train_epoch(epoch, on_batch)
+            with adjusted_dropout(model, teacher, trace):  # the masks may have tightened
+                loss = run.train_epoch(epoch, on_batch)
             score = task.evaluate(model, task.chooses_by)
             run.keep_best(score, last=epoch + 1 == options.epochs)
             record = EpochRecord(
@@ -101,41 +102,10 @@ def recover(
     return run.history
 
 
-def attach_schedules(
-    model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int
-) -> Callable[[], None]:
-    """Let the model's forms follow their schedules as the optimizer steps, in any training loop.
-
-    total_steps: optimizer steps of the whole training. Returns a function that detaches them.
-    """
-    taken = 0
-
-    def after_step(*_: object) -> None:
-        nonlocal taken
-        taken += 1
-        advance(model, taken / total_steps)
-
-    handle = optimizer.register_step_post_hook(after_step)
-    return handle.remove
-
-
-@torch.no_grad()
-def advance(model: nn.Module, progress: float) -> None:
-    """Tell every form how far the training has come, from 0 to 1."""
-    for links, core in _chains(model):
-        for form, its_core in links.stages(core):
-            form.advance(its_core, min(progress, 1.0))
-
-
-def settled(model: nn.Module) -> bool:
-    """Whether every form has reached its full strength."""
-    return all(links.settled() for links, _ in _chains(model))
-
-
 def coded_bytes(model: nn.Module) -> Tensor:
     """What the forms that can tell estimate to take in the file: differentiable, a scalar."""
     total = torch.zeros((), device=device_of(model))
-    for links, core in _chains(model):
+    for _, links, core in chains_of(model):
         matters: Tensor | None = None
         for form, its_core in links.stages(core):
             bits = form.rate(its_core, matters)
@@ -185,6 +155,8 @@ class _Run:
         )
         self.optimizer: Any = accelerator.prepare(self._optimizer())
         self.batches = task.length("train") or sum(1 for _ in task.batches("train"))
+        self.schedule = next((s for s in settings if isinstance(s, Schedule)), None)
+        self.schedules = Schedules(model, self.optimizer, self.schedule)
         self.epoch = 0
         self.best: State | None = None
         self.best_score = -math.inf
@@ -225,13 +197,14 @@ class _Run:
                     "look for NaN in the training data or the task's loss"
                 )
             self.optimizer.step()
-            advance(self.model, (epoch + (index + 1) / self.batches) / self.options.epochs)
+            self.schedules.advance((epoch + (index + 1) / self.batches) / self.options.epochs)
             total += value * batch.size
             count += batch.size
             on_batch(epoch + 1, index + 1, self.batches)
         return float(total) / count
 
     def _set_rate(self, progress: float) -> None:
+        progress = progress if self.schedule is None else self.schedule.phase(progress)
         cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         factor = 0.01 + 0.99 * cosine if self.options.schedule == "cosine" else 1.0
         for group in self.optimizer.param_groups:
@@ -280,6 +253,7 @@ class _Run:
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedules": self.schedules.state_dict(),
             "best": self.best,
             "best_score": self.best_score,
             "random": torch.get_rng_state(),
@@ -290,13 +264,7 @@ class _Run:
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedules.load_state_dict(state["schedules"])
         self.best, self.best_score = state["best"], state["best_score"]
         torch.set_rng_state(state["random"])
         self.history = [EpochRecord(**r) for r in state["history"]]
-
-
-def _chains(model: nn.Module) -> Iterator[tuple[Chain, Tensor]]:
-    for name in parametrized_names(model):
-        found = parametrization(model, name)
-        if found is not None and isinstance(found[0], Chain):
-            yield found[0], found.original

@@ -25,7 +25,7 @@ from taut.modules import clone, tensor_at
 from taut.pack import encode, inspect, load, pack, packed_state
 from taut.recipe import Recipe
 from taut.recoding import FORMATS, Recoding, chain, core
-from taut.recover import advance
+from taut.schedules import advance
 from taut.statistics import Statistics
 from taut.technique import techniques
 from taut.trace import Trace, trace

@@ -19,15 +19,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from taut.errors import RecipeError
+from taut.mask import Mask, largest
 from taut.modules import owner, tensor_at
-from taut.recoding import Form, Pack, PackedWeight, Recoding, chain
-from taut.sparse_weight import SparseWeight
+from taut.recoding import Form, Recoding, chain
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.trace import Feed, Trace
@@ -41,9 +40,8 @@ _log = logging.getLogger("taut")
 class PruneWeights(Recoding):
     """Remove the smallest weights.
 
-    Applied again to a site, it prunes further; what was removed stays removed. With steps > 1 the
-    mask is tightened in that many equal stages while the network recovers (prune, recover, prune,
-    …): the schedule hangs on the optimizer's steps.
+    Applied again to a site, it prunes further; what was removed stays removed. They go at once, or
+    over the recovery that follows as a `schedule` says.
     """
 
     sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
@@ -56,7 +54,6 @@ class PruneWeights(Recoding):
     )
     threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
     quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
-    steps: int = option(1, low=1, high=100, help="stages in which the mask is tightened")
     floor: float = option(0.002, low=0, high=1, help="fraction that every site keeps at least")
 
     def __post_init__(self) -> None:
@@ -134,9 +131,7 @@ class PruneWeights(Recoding):
         if not bool(core.isfinite().all()):
             raise RecipeError(f"prune_weights: site {site.name!r} holds NaN or infinite weights")
         held = core if matters is None else core * matters
-        form = Mask(held != 0, self._kept(held), self.steps)
-        form.advance(core, 0.0)
-        return form, core
+        return Mask(largest(held.abs(), self._kept(held), held != 0)), core
 
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
         lines = [line for feed in trace.feeds for line in _drop_dead(model, trace, feed)]
@@ -146,49 +141,6 @@ class PruneWeights(Recoding):
             if empty:
                 lines.append(f"{site.name}: {empty} of {site.shape[0]} output rows are empty")
         return lines
-
-
-class Mask(Form):
-    """weight = core · mask. mask: bool of the core's shape."""
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor, kept: int = 0, steps: int = 1) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-        self.register_buffer("goal", torch.tensor([int(mask.sum()), kept, steps, 0]))
-
-    def forward(self, core: Tensor) -> Tensor:
-        return core * self.mask
-
-    def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
-        return self.mask if outer is None else self.mask & outer
-
-    def advance(self, core: Tensor, progress: float) -> None:
-        """Keep the largest: at stage k of n, first · (last / first) ** (k / n) of them.
-
-        The stages fall into the first half of the training; the second recovers from the last.
-        """
-        first, last, steps, done = (int(n) for n in cast(Tensor, self.goal))
-        stage = min(steps, 1 + int(2 * progress * steps))
-        if stage <= done or last <= 0:
-            return
-        kept = round(first * (last / max(first, 1)) ** (stage / steps))
-        magnitudes = (core.detach().abs() * self.mask).flatten()
-        largest = magnitudes.topk(min(kept, magnitudes.numel())).indices
-        chosen = torch.zeros_like(magnitudes, dtype=torch.bool)
-        chosen[largest] = True
-        self.mask.copy_(chosen.reshape(self.mask.shape) & self.mask)
-        cast(Tensor, self.goal)[3] = stage
-
-    def settled(self) -> bool:
-        _, last, steps, done = (int(n) for n in cast(Tensor, self.goal))
-        return last <= 0 or done >= steps
-
-    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
-        mask = self.mask if keep is None else self.mask[keep]
-        kept = self.mask if keep is None else self.mask & keep
-        return SparseWeight(mask, inner(kept))
 
 
 def _plain_bytes(kept: int, fraction: float) -> float:
