@@ -284,7 +284,7 @@ def test_apply_on_forms_needs_the_trace_of_the_original(trained, task):
 
 
 def test_packing_before_the_last_stage_warns(trained, task, tmp_path, caplog):
-    taut.apply(trained, "prune_weights(sparsity=0.5)", task)
+    taut.apply(trained, "prune_weights(sparsity=0.5, scope='layer')", task)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     taut.attach_schedules(trained, optimizer, total_steps=2, schedule="schedule(steps=2)")
     taut.pack(trained, tmp_path / "early.taut")

@@ -54,6 +54,10 @@ class Mask(Form):
     def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         return self.mask if outer is None else self.mask & outer
 
+    def clear(self, core: Tensor | None, where: Tensor) -> bool:
+        self.mask[where] = False
+        return True
+
     def settled(self) -> bool:
         return bool(self.mask.sum() <= self.kept)
 

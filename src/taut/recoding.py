@@ -278,6 +278,13 @@ class Form(nn.Module, ABC):
         """Which entries of the core count, given which of the output do; None for all."""
         return outer
 
+    def clear(self, core: Tensor | None, where: Tensor) -> bool:
+        """Make these entries of the output zero, in place; False where the form cannot.
+
+        core: what is trained; None where another form computes it.
+        """
+        return False
+
     def rate(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         """A differentiable estimate of the bits that this weight takes in the file, a scalar.
 
@@ -319,6 +326,11 @@ class Chain(nn.Module):
     def settled(self) -> bool:
         """Whether every form has reached its full strength."""
         return all(cast(Form, f).settled() for f in self.forms)
+
+    def clear(self, core: Tensor, where: Tensor) -> bool:
+        """Make these entries of the weight zero by the first form that can; False without one."""
+        stages = self.stages(core)
+        return any(f.clear(c if c is core else None, where) for f, c in stages)
 
     def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
         """The packed weight; whatever no form recodes is stored at `precision`."""

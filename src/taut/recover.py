@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from taut.aim import Price
 from taut.errors import TrainingError
-from taut.modules import device_of, tensor_at
-from taut.recoding import chains_of
+from taut.modules import tensor_at
 from taut.regularise import Regularise
 from taut.schedules import Schedule, Schedules, settled
 from taut.task import Batch, Task
@@ -102,19 +102,6 @@ def recover(
     return run.history
 
 
-def coded_bytes(model: nn.Module) -> Tensor:
-    """What the forms that can tell estimate to take in the file: differentiable, a scalar."""
-    total = torch.zeros((), device=device_of(model))
-    for _, links, core in chains_of(model):
-        matters: Tensor | None = None
-        for form, its_core in links.stages(core):
-            bits = form.rate(its_core, matters)
-            matters = form.matters(its_core, matters)
-            if bits is not None:
-                total = total + bits / 8
-    return total
-
-
 @contextmanager
 def adjusted_dropout(
     model: nn.Module, original: nn.Module | None, trace: Trace | None
@@ -158,6 +145,7 @@ class _Run:
         self.schedule = next((s for s in settings if isinstance(s, Schedule)), None)
         self.schedules = Schedules(model, self.optimizer, self.schedule)
         self.epoch = 0
+        self.price = Price(model, options.bytes_weight, settings)
         self.best: State | None = None
         self.best_score = -math.inf
         self.history: list[EpochRecord] = []
@@ -186,7 +174,7 @@ class _Run:
             self._set_rate(done)
             self.optimizer.zero_grad()
             with parametrize.cached():
-                loss = self._loss(batch) + self._price(done) * coded_bytes(self.model)
+                loss = self._loss(batch) + self.price.cost(self.model, done)
                 self.accelerator.backward(loss)
             value = loss.detach().double().cpu()
             if not bool(value.isfinite()):
@@ -209,10 +197,6 @@ class _Run:
         factor = 0.01 + 0.99 * cosine if self.options.schedule == "cosine" else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.start_rate * factor
-
-    def _price(self, progress: float) -> float:
-        """Of a byte: it rises over the first third, so that the weights can make room."""
-        return self.options.bytes_weight * min(1.0, 3 * progress)
 
     def _loss(self, batch: Batch) -> Tensor:
         output = self.model(*batch.args, **batch.kwargs)
@@ -254,6 +238,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedules": self.schedules.state_dict(),
+            "price": self.price.state_dict(),
             "best": self.best,
             "best_score": self.best_score,
             "random": torch.get_rng_state(),
@@ -265,6 +250,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedules.load_state_dict(state["schedules"])
+        self.price.load_state_dict(state["price"])
         self.best, self.best_score = state["best"], state["best_score"]
         torch.set_rng_state(state["random"])
         self.history = [EpochRecord(**r) for r in state["history"]]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.coding import Coder
+from taut.dead_units import drop_dead_units
 from taut.errors import FormatError, RecipeError
 from taut.indexed_weight import IndexedWeight
 from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
@@ -65,6 +66,9 @@ class CodeLength(Recoding):
     ) -> float:
         bits = max(0.3, 1.92 - math.log2(self._resolution(site)))  # of a bell curve so rounded
         return count * bits / 8 + 5
+
+    def finish(self, model: nn.Module, trace: Trace) -> list[str]:
+        return drop_dead_units(model, trace)
 
     def _resolution(self, site: Site) -> float:
         return self.resolution / 4 if site.kind == "vector" else self.resolution
@@ -108,6 +112,11 @@ class Rounded(Form):
         if outer is not None:
             scaled = scaled[outer]
         return cast(Tensor, _CodeLength.apply(scaled))  # type: ignore[no-untyped-call]
+
+    def clear(self, core: Tensor | None, where: Tensor) -> bool:
+        if core is not None:
+            core[where] = 0.0
+        return core is not None
 
     def advance(self, core: Tensor, progress: float) -> None:
         self.progress.fill_(progress)

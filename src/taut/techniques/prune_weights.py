@@ -23,13 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from taut.dead_units import drop_dead_units
 from taut.errors import RecipeError
 from taut.mask import Mask, largest
-from taut.modules import owner, tensor_at
+from taut.modules import tensor_at
 from taut.recoding import Form, Recoding, chain
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
-from taut.trace import Feed, Trace
+from taut.trace import Trace
 from taut.types import Site
 
 _log = logging.getLogger("taut")
@@ -134,7 +135,7 @@ class PruneWeights(Recoding):
         return Mask(largest(held.abs(), self._kept(held), held != 0)), core
 
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
-        lines = [line for feed in trace.feeds for line in _drop_dead(model, trace, feed)]
+        lines = drop_dead_units(model, trace)
         for site in trace.sites:
             mask = _mask_of(model, site)
             empty = 0 if mask is None else int((~mask.flatten(1).any(1)).sum())
@@ -162,75 +163,7 @@ def _lamp(weights: Tensor) -> Tensor:
     return score.reshape(weights.shape)
 
 
-def _drop_dead(model: nn.Module, trace: Trace, feed: Feed) -> list[str]:
-    """Unlink neurons that nothing reads, and fold away those that read nothing.
-
-    The answers stay the same: an output that meets only zeros cannot be seen, and one without
-    inputs is a constant, which the reader's bias takes over (or which is zero).
-    """
-    before = _mask_of(model, trace.site(feed.source))
-    after = _mask_of(model, trace.site(feed.target))
-    if before is None or after is None:
-        return []
-    rows = before.flatten(1)
-    columns = after.transpose(0, 1).reshape(rows.shape[0], -1)
-    lines = []
-    unread = ~columns.any(1) & rows.any(1)
-    if feed.only_reader and bool(unread.any()):
-        before[unread] = False
-        bias = _bias(model, feed.source)
-        if bias is not None:
-            bias[unread] = 0.0
-        lines.append(f"{feed.source}: {int(unread.sum())} neurons that nothing reads dropped")
-    mute = ~before.flatten(1).any(1) & columns.any(1)
-    if bool(mute.any()):
-        folded = _fold_constants(model, trace, feed, mute, after)
-        if folded:
-            lines.append(f"{feed.source}: {folded} neurons that read nothing folded away")
-    return lines
-
-
-def _fold_constants(model: nn.Module, trace: Trace, feed: Feed, mute: Tensor, after: Tensor) -> int:
-    """Fold the constants of the mute neurons into the reader's bias; returns how many went."""
-    target, _ = owner(model, feed.target)
-    inputs = _inputs_of(model, target, trace)  # [examples, channels, ...]
-    if inputs is None or inputs.shape[1] != mute.numel() * feed.width:
-        return 0
-    constant = inputs.transpose(0, 1).reshape(inputs.shape[1], -1)
-    steady = (constant == constant[:, :1]).all(1)
-    value = constant[:, 0] * mute.repeat_interleave(feed.width)
-    bias = _bias(model, feed.target)
-    linear = after.dim() == 2 and bias is not None
-    goes = (steady & ((value == 0) | linear)).reshape(-1, feed.width).all(1) & mute
-    wide = goes.repeat_interleave(feed.width)
-    if bias is not None and linear:
-        held = tensor_at(model, feed.target).detach()
-        bias += held @ (value * wide).to(held.dtype)
-    after[:, wide] = False
-    return int(goes.sum())
-
-
-@torch.no_grad()
-def _inputs_of(model: nn.Module, module: nn.Module, trace: Trace) -> Tensor | None:
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    was_training = model.training
-    try:
-        args, kwargs = trace.example_on(model)
-        model.eval()(*args, **kwargs)
-    finally:
-        hook.remove()
-        model.train(was_training)
-    return seen[0] if len(seen) == 1 and isinstance(seen[0], Tensor) else None
-
-
 def _mask_of(model: nn.Module, site: Site) -> Tensor | None:
     links = chain(model, site)
     first = links.forms[0] if links is not None and len(links.forms) else None
     return first.mask if isinstance(first, Mask) else None
-
-
-def _bias(model: nn.Module, name: str) -> Tensor | None:
-    module, _ = owner(model, name)
-    bias = getattr(module, "bias", None)
-    return bias.data if isinstance(bias, nn.Parameter) else None
