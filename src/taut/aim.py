@@ -32,7 +32,7 @@ class Price:
 
     Without an aim it rises to `weight` over the first third, so that the weights can make room.
     With one it rises while the file is larger than it should be by now, which falls exponentially
-    from the first size to the goal and reaches that when seven tenths of the training are done: a
+    from the first size to the goal and reaches that when half of the training is done: a
     proportional and an integral part of the error, in logarithms, so that neither the loss's unit
     nor the number of steps matters.
     """
@@ -79,9 +79,9 @@ class Price:
         self.progress = state["progress"]
 
 
-_REACHED = 0.7
+_REACHED = 0.5
 _FIRST = 0.02  # units of the loss for the whole file: a cross-entropy of a network that knows
-_PROPORTIONAL, _INTEGRAL = 2.0, 20.0
+_PROPORTIONAL, _INTEGRAL = 4.0, 60.0
 
 
 def coded_bytes(model: nn.Module) -> Tensor:
