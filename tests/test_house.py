@@ -24,13 +24,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
     {"errors", "types"},
-    {"files", "coding", "kernels", "modules", "zoo"},
+    {"files", "coding", "kernels", "modules", "processes", "zoo", "distances", "watched"},
     {"data", "trace", "statistics"},
     {"technique"},
     {"recoding"},
     {"layers", "sparse_weight"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise"},
+    {"training", "teacher_cache"},
+    {"distillation"},
+    {"objective"},
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},

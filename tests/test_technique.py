@@ -290,5 +290,5 @@ def test_options_must_be_declared_as_such(registry: dict[str, type[Step]]) -> No
 
 def test_recover_is_a_step_but_no_technique() -> None:
     assert STEPS["recover"] is Recover
-    assert set(STEPS) - set(techniques()) == {"recover", "regularise"}
+    assert set(STEPS) - set(techniques()) == {"distillation", "recover", "regularise", "training"}
     assert not issubclass(Recover, Technique)

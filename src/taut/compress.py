@@ -416,7 +416,7 @@ class _Trial:
         self.history += recover(
             self.model, self.task, step, settings=self.recipe.settings(self.step),
             teacher=clone(self.run.model), trace=self.trace, step=self.step,
-            resume=self.recovering, on_epoch=on_epoch, on_batch=on_batch,
+            resume=self.recovering, folder=self.run.folder, on_epoch=on_epoch, on_batch=on_batch,
         )  # fmt: skip
 
     def _measure(self) -> Candidate:
