@@ -30,7 +30,7 @@ FLOORS = (
     {"recoding"},
     {"layers", "sparse_weight"},
     {"techniques"},
-    {"task", "goal", "recipe", "tune", "regularise"},
+    {"task", "goal", "recipe", "tune", "regularise", "dreams", "watch"},
     {"training", "teacher_cache"},
     {"distillation"},
     {"objective"},

@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from taut import processes
 from taut.errors import RecipeError, TrainingError
-from taut.modules import clone, parametrization, parametrized_names, tensor_at
+from taut.modules import clone, parametrization, parametrized_names, tensor_at, to_device
 from taut.objective import Objective, setting
 from taut.recoding import Chain
 from taut.task import Batch, Task
@@ -430,7 +430,7 @@ class _Run:
         if self.device.type == "cuda" and mine["cuda"]:
             torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
         for name, value in (mine["sent"] or {}).items() if self.sent else ():
-            setattr(self.sent, name, value)
+            setattr(self.sent, name, to_device(value, self.device))
         self.history = [EpochRecord(**r) for r in state["history"]]
 
 

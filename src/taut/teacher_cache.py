@@ -1,6 +1,6 @@
 """A teacher's outputs on disk, so that it runs once for each example and not once an epoch.
 
-    <folder>/<fingerprint of the teacher>/<digest of the keys>.safetensors
+    <folder>/<fingerprint of the teacher>/<digest of the keys>.pt, tensors alone
         keys     [n, 16] uint8: 128-bit hashes of the examples' bytes
         outputs  [n, ...]: the rows that the teacher gave for them
 
@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from taut.errors import RunError
@@ -45,7 +44,7 @@ class TeacherCache:
         self.by_row: bool | None = None
         self.epoch = self.asked = self.found = 0
         self.gave_up = False
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("*.pt")):
             self.known |= _read(path)
 
     def outputs(self, batch: Batch, compute: Compute) -> Tensor:
@@ -104,18 +103,19 @@ class TeacherCache:
         for keys in shapes.values():
             packed = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8)
             outputs = torch.stack([part[k] for k in keys])
-            path = self.folder / f"{xxhash.xxh3_64_hexdigest(b''.join(keys))}.safetensors"
-            write_atomically(path, save({"keys": packed.view(-1, 16), "outputs": outputs}))
+            path = self.folder / f"{xxhash.xxh3_64_hexdigest(b''.join(keys))}.pt"
+            parts = {"keys": packed.view(-1, 16), "outputs": outputs}
+            write_atomically(path, partial(torch.save, parts))
             self.written.append(path)
 
 
 def _read(path: Path) -> dict[bytes, Tensor]:
     try:
-        parts = load(path.read_bytes())
+        parts = torch.load(path, map_location="cpu", weights_only=True)
         keys, outputs = parts["keys"], parts["outputs"]
         if keys.dtype != torch.uint8 or keys.shape != (len(outputs), 16):
             raise ValueError(f"keys of shape {list(keys.shape)} for {list(outputs.shape)}")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a damaged file makes of itself
         raise RunError(
             f"cannot read the cached outputs in {path}: {error}; remove that file"
         ) from error

@@ -128,7 +128,9 @@ class Average:
         return {"values": self.values, "taken": self.taken}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.values, self.taken = state["values"], state["taken"]
+        self.taken = state["taken"]
+        for name, value in state["values"].items():
+            self.values[name].copy_(value)
 
 
 @torch.no_grad()
