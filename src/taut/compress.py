@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import xxhash
-from accelerate import Accelerator
 from torch import nn
 
+from taut import processes
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
@@ -347,7 +347,7 @@ class _Trial:
         self.run, self.recipe, self.folder = run, recipe, folder
         self.trace, self.task = run.trace, run.task
         self.model = clone(run.model)
-        self.device = Accelerator().device
+        self.device = processes.state().device
         self.model.to(self.device)
         self.history: list[EpochRecord] = []
         self.epochs = 0

@@ -17,19 +17,24 @@ from torch import nn
 T = TypeVar("T")
 
 
+def state() -> PartialState:
+    """What accelerate knows of the processes; without an accelerator they talk by gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def is_main() -> bool:
     """Whether this process is the one that measures and writes; true where there is one only."""
-    return bool(PartialState().is_main_process)
+    return bool(state().is_main_process)
 
 
 def count() -> int:
     """How many processes train together."""
-    return int(PartialState().num_processes)
+    return int(state().num_processes)
 
 
 def index() -> int:
     """Which of the processes this is; the main one is 0."""
-    return int(PartialState().process_index)
+    return int(state().process_index)
 
 
 def all_agree(here: bool, device: torch.device) -> bool:
@@ -68,7 +73,7 @@ def share(items: Iterable[T]) -> Iterator[T]:
     Where the items do not come out even, the last round takes from the first ones again, so that
     all processes take as many steps.
     """
-    here, every = PartialState().process_index, count()
+    here, every = state().process_index, count()
     first: list[T] = []
     last = -1
     for last, item in enumerate(items):

@@ -239,8 +239,7 @@ class _Run:
         self, model: nn.Module, task: Task, options: Recover, settings: Sequence[Setting],
         teachers: Sequence[nn.Module], trace: Trace | None, folder: Path | None,
     ) -> None:  # fmt: skip
-        accelerator = Accelerator()
-        self.device = accelerator.device
+        self.device = processes.state().device
         self.model, self.task, self.options = model.to(self.device), task, options
         self.trace = trace
         self.training = setting(settings, Training)
@@ -251,7 +250,7 @@ class _Run:
         self.batches = -(-read // processes.count())
         self.objective = Objective(
             self.model, task, settings, teachers, share=options.distill,
-            temperature=options.temperature, launched=accelerator.mixed_precision, folder=folder,
+            temperature=options.temperature, launched=Accelerator().mixed_precision, folder=folder,
         )  # fmt: skip
         self.shared: DistributedDataParallel | None = None
         self.sent: Any = None

@@ -96,7 +96,13 @@ class Training(Setting):
             "bfloat16": default_hooks.bf16_compress_hook,
         }
         if self.communication in hooks:
-            objective.register_comm_hook(None, hooks[self.communication])
+            try:
+                objective.register_comm_hook(None, hooks[self.communication])
+            except TypeError as error:
+                raise RecipeError(
+                    f"training: communication={self.communication!r} does not work between these "
+                    f"processes ({error}); use float16 or powersgd"
+                ) from error
         return None
 
 
