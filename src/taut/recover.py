@@ -256,8 +256,7 @@ class _Run:
         self.sent: Any = None
         if processes.count() > 1:
             processes.align(self.objective)
-            self.shared = DistributedDataParallel(self.objective, find_unused_parameters=True)
-            self.sent = self.training.hook(self.shared)
+            self.shared, self.sent = self.training.shared(self.objective)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.objective.dtype == torch.float16

@@ -83,27 +83,37 @@ class Training(Setting):
             return smoothed(output, target)  # type: ignore[no-any-return]
         return F.cross_entropy(output, target, label_smoothing=self.label_smoothing)
 
-    def hook(self, objective: DistributedDataParallel) -> powerSGD_hook.PowerSGDState | None:
-        """Let gradients travel as asked; returns what PowerSGD remembers from step to step."""
+    def shared(
+        self, objective: nn.Module
+    ) -> tuple[DistributedDataParallel, powerSGD_hook.PowerSGDState | None]:
+        """The objective with gradients that all processes share, sent as asked.
+
+        Also returns what PowerSGD remembers from step to step. It talks from several threads, so
+        all gradients go in one bucket, and nothing else may be sent meanwhile: every parameter
+        must be used.
+        """
         if self.communication == "powersgd":
             state = powerSGD_hook.PowerSGDState(
                 None, matrix_approximation_rank=4, start_powerSGD_iter=_POWERSGD_START
             )
-            objective.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-            return state
+            size_mb = 1 + sum(p.numel() * p.element_size() for p in objective.parameters()) / 2**20
+            whole = DistributedDataParallel(objective, bucket_cap_mb=size_mb)
+            whole.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+            return whole, state
+        shared = DistributedDataParallel(objective, find_unused_parameters=True)
         hooks = {
             "float16": default_hooks.fp16_compress_hook,
             "bfloat16": default_hooks.bf16_compress_hook,
         }
         if self.communication in hooks:
             try:
-                objective.register_comm_hook(None, hooks[self.communication])
+                shared.register_comm_hook(None, hooks[self.communication])
             except TypeError as error:
                 raise RecipeError(
                     f"training: communication={self.communication!r} does not work between these "
                     f"processes ({error}); use float16 or powersgd"
                 ) from error
-        return None
+        return shared, None
 
 
 class Average:
