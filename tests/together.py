@@ -102,7 +102,7 @@ def train():
         for other in processes.gathered(found["whole"][0])
         for a, b in zip(other.values(), found["whole"][0].values(), strict=True)
     )
-    found["resumed"] = [resumed_alike(ema=0.9), resumed_alike(communication="powersgd")]
+    found["resumed"] = resumed_alike(ema=0.9)
     found["stopped"] = stopped_alike()
     return found
 

@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from taut import processes
 from taut.errors import RecipeError, TrainingError
-from taut.modules import clone, parametrization, parametrized_names, tensor_at, to_device
+from taut.modules import clone, parametrization, parametrized_names, tensor_at
 from taut.objective import Objective, setting
 from taut.recoding import Chain
 from taut.task import Batch, Task
@@ -164,7 +164,7 @@ def find_learning_rate(
     finally:
         run.objective.close()
     falls = [b - a for a, b in pairwise(losses)]
-    if not falls or min(falls) >= 0:
+    if not falls or losses[0] - min(losses) <= 1e-3 * abs(losses[0]):
         raise TrainingError(
             f"find_learning_rate: the loss never falls between rates of {lowest:.3g} and "
             f"{highest:.3g}; try lower ones, or look at the data and the loss"
@@ -253,10 +253,9 @@ class _Run:
             temperature=options.temperature, launched=Accelerator().mixed_precision, folder=folder,
         )  # fmt: skip
         self.shared: DistributedDataParallel | None = None
-        self.sent: Any = None
         if processes.count() > 1:
             processes.align(self.objective)
-            self.shared, self.sent = self.training.shared(self.objective)
+            self.shared = self.training.shared(self.objective)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.objective.dtype == torch.float16
@@ -393,11 +392,10 @@ class _Run:
 
     def state(self) -> State:
         """All that `load` needs to go on after this epoch, in plain types and tensors."""
-        teachers, sent = self.objective.teachers, self.sent
+        teachers = self.objective.teachers
         mine = {
             "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "sent": {k: getattr(sent, k) for k in _REMEMBERED} if sent else None,
         }
         return {
             "epoch": self.epoch,
@@ -427,13 +425,7 @@ class _Run:
         torch.set_rng_state(mine["random"].cpu())
         if self.device.type == "cuda" and mine["cuda"]:
             torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
-        for name, value in (mine["sent"] or {}).items() if self.sent else ():
-            setattr(self.sent, name, to_device(value, self.device))
         self.history = [EpochRecord(**r) for r in state["history"]]
-
-
-_REMEMBERED = ("iter", "error_dict", "p_memory_dict", "q_memory_dict")
-"""What PowerSGD takes from step to step."""
 
 
 def _first_bad_gradient(model: nn.Module, trace: Trace | None) -> str | None:

@@ -35,7 +35,7 @@ class Training(Setting):
     the averaged weights are scored and kept, not those that train.
     label_smoothing: as torch's cross-entropy does it, (1 - s) on the class and s / classes on all.
     communication: PyTorch's hooks for gradients between processes; powersgd sends them in rank 4
-    (Vogels, Karimireddy, Jaggi, NeurIPS 2019), whole for the first ten steps.
+    (Vogels, Karimireddy, Jaggi, NeurIPS 2019), whole for the first ten steps of a start or restart.
     """
 
     precision: str = option(
@@ -83,23 +83,20 @@ class Training(Setting):
             return smoothed(output, target)  # type: ignore[no-any-return]
         return F.cross_entropy(output, target, label_smoothing=self.label_smoothing)
 
-    def shared(
-        self, objective: nn.Module
-    ) -> tuple[DistributedDataParallel, powerSGD_hook.PowerSGDState | None]:
+    def shared(self, objective: nn.Module) -> DistributedDataParallel:
         """The objective with gradients that all processes share, sent as asked.
 
-        Also returns what PowerSGD remembers from step to step. It talks from several threads, so
-        all gradients go in one bucket, and nothing else may be sent meanwhile: every parameter
-        must be used.
+        PowerSGD talks from several threads, so all gradients go in one bucket, and nothing else
+        may be sent meanwhile: every parameter must take part in every loss.
         """
         if self.communication == "powersgd":
-            state = powerSGD_hook.PowerSGDState(
-                None, matrix_approximation_rank=4, start_powerSGD_iter=_POWERSGD_START
-            )
             size_mb = 1 + sum(p.numel() * p.element_size() for p in objective.parameters()) / 2**20
             whole = DistributedDataParallel(objective, bucket_cap_mb=size_mb)
-            whole.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-            return whole, state
+            remembered = powerSGD_hook.PowerSGDState(
+                None, matrix_approximation_rank=4, start_powerSGD_iter=_POWERSGD_START
+            )
+            whole.register_comm_hook(remembered, powerSGD_hook.powerSGD_hook)
+            return whole
         shared = DistributedDataParallel(objective, find_unused_parameters=True)
         hooks = {
             "float16": default_hooks.fp16_compress_hook,
@@ -113,7 +110,7 @@ class Training(Setting):
                     f"training: communication={self.communication!r} does not work between these "
                     f"processes ({error}); use float16 or powersgd"
                 ) from error
-        return shared, None
+        return shared
 
 
 class Average:
