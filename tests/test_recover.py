@@ -126,7 +126,7 @@ def test_the_learning_rate_is_a_tenth_of_the_tasks_and_falls(trained):
 def test_dropout_shrinks_with_the_connections_and_comes_back(trained, task):
     net = pruned(trained, task, sparsity=0.75, scope="layer")
     traced = taut.trace(trained, task.example())
-    with adjusted_dropout(net, trained, traced):
+    with adjusted_dropout(net, traced):
         assert net[2].p == pytest.approx(0.2 * math.sqrt(0.25), rel=0.01)
     assert net[2].p == 0.2
 

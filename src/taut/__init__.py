@@ -10,7 +10,7 @@ model + task ──trace──▶ sites, work, what feeds what
 """
 
 from taut import data, techniques, zoo
-from taut.compress import Result, Watch, apply, compress
+from taut.compress import Result, apply, compress
 from taut.errors import TautError
 from taut.goal import Goal
 from taut.measure import measure
@@ -22,6 +22,7 @@ from taut.task import Task, load_task
 from taut.trace import trace
 from taut.tune import tune
 from taut.types import Candidate, Measurement
+from taut.watch import Watch
 
 __all__ = [
     "Candidate",

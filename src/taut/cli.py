@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from taut.compress import Result, Watch, compress
+from taut.compress import Result, compress
 from taut.doctor import Diagnosis, diagnose, remedy
 from taut.errors import TaskError, TautError
 from taut.goal import is_goal
@@ -30,6 +30,7 @@ from taut.task import Task, load_task
 from taut.technique import STEPS, techniques
 from taut.trace import trace
 from taut.types import Choice, EpochRecord, Measurement
+from taut.watch import Watch
 
 app = typer.Typer(
     add_completion=False,

@@ -15,8 +15,7 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +23,9 @@ from typing import Any
 
 import torch
 import xxhash
-from accelerate import Accelerator
 from torch import nn
 
+from taut import processes
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
@@ -34,6 +33,7 @@ from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
 from taut.pack import check_precision, load, pack
 from taut.plan import check, propose
+from taut.processes import is_main, once
 from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
@@ -43,32 +43,9 @@ from taut.technique import Step, Technique
 from taut.trace import Trace, trace
 from taut.tune import run_chosen
 from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
+from taut.watch import Watch, logged
 
 _log = logging.getLogger("taut")
-
-
-class Watch:
-    """What a run tells while it goes on. Override what you want to show."""
-
-    def say(self, text: str) -> None:
-        """One line about what happens next."""
-
-    def on_batch(self, epoch: int, epochs: int, batch: int, batches: int) -> None:
-        """A batch of a recovery is done."""
-
-    def on_epoch(self, record: EpochRecord) -> None:
-        """An epoch of a recovery is done."""
-
-
-class _Shown(logging.Handler):
-    """Passes warnings on to whoever watches."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__(logging.WARNING)
-        self.watch = watch
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.watch.say(record.getMessage())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +127,7 @@ def compress(
     if task.source is not None:
         asked["task file"] = xxhash.xxh3_64_hexdigest(task.source.read_bytes())
     run = _Run(model, task, aim, asked, folder, fresh, watch or Watch())
-    with run.logging():
+    with logged(run.folder, run.watch):
         return run.go()
 
 
@@ -195,7 +172,8 @@ class _Run:
         self, model: nn.Module, task: Task, aim: Recipe | Goal, asked: dict[str, Any],
         folder: str | Path | None, fresh: bool, watch: Watch,
     ) -> None:  # fmt: skip
-        self.model, self.task, self.aim, self.watch = model, task, aim, watch
+        self.model, self.task, self.aim = model, task, aim
+        self.watch = watch if is_main() else Watch()
         asked = {**asked, "weights": _fingerprint(model)}
         digest = xxhash.xxh3_64_hexdigest(json.dumps(asked, sort_keys=True).encode())
         self.folder = Path(folder) if folder else Path("runs") / f"{task.name}-{digest[:8]}"
@@ -209,14 +187,15 @@ class _Run:
             "chooses_by": task.chooses_by,
             "better": task.better,
         }
-        self._open(asked, fresh)
+        self.record = once(lambda: self._opened(asked, fresh))
         self.trace = trace(model, task.example())
         if isinstance(aim, Recipe):
             check(aim, self.trace)  # refuse now what would be refused after hours of training
         loss = task.calibration_loss() if isinstance(aim, Goal) else None
         self.statistics = Statistics(model, loss)  # only a goal asks for them
 
-    def _open(self, asked: dict[str, Any], fresh: bool) -> None:
+    def _opened(self, asked: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        """The run's record, as it was left or new, after checking that the folder is this run's."""
         path = self.folder / "run.json"
         if fresh and path.is_file():
             self._forget()
@@ -231,6 +210,7 @@ class _Run:
                 )
             self.record = {**old, "versions": versions(), "machine": machine()}
         self.save()
+        return self.record
 
     def _forget(self) -> None:
         """Remove what a run writes, and nothing else that lies in the folder."""
@@ -246,43 +226,30 @@ class _Run:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "run.json", text.encode())
 
-    @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Everything logged under `taut` goes to log.txt of the run folder too."""
-        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        shown, level = _Shown(self.watch), _log.level
-        _log.addHandler(handler)
-        _log.addHandler(shown)
-        _log.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            _log.removeHandler(handler)
-            _log.removeHandler(shown)
-            _log.setLevel(level)
-            handler.close()
-
     def say(self, text: str) -> None:
         _log.info(text)
         self.watch.say(text)
 
     def go(self) -> Result:
-        if "original" not in self.record:
-            self.say(f"measuring the original {type(self.model).__name__}")
-            self.record["original"] = measure(self.model, self.task, self.trace).to_json()
-            self.save()
+        original = Measurement.from_json(once(self._original))
         if self.task.chooses_by == "test" and self.record["status"] != "done":
             self.say("the test data choose the best epoch; a validation() keeps the score honest")
-        original = Measurement.from_json(self.record["original"])
         tried: list[Candidate] = []
         histories: list[list[EpochRecord]] = []
-        while (recipe := self._next(original, tried)) is not None:
+        while (recipe := once(lambda: self._next(original, tried))) is not None:
             candidate, history = self._try(recipe, len(tried) + 1)
             tried.append(candidate)
             histories.append(history)
         chosen = self._choose(original, tried)
         return self._close(original, tried, chosen, histories[chosen])
+
+    def _original(self) -> dict[str, Any]:
+        if "original" not in self.record:
+            self.say(f"measuring the original {type(self.model).__name__}")
+            self.record["original"] = measure(self.model, self.task, self.trace).to_json()
+            self.save()
+        found: dict[str, Any] = self.record["original"]
+        return found
 
     def _next(self, original: Measurement, tried: list[Candidate]) -> Recipe | None:
         if isinstance(self.aim, Recipe):
@@ -307,16 +274,18 @@ class _Run:
     def _try(self, recipe: Recipe, number: int) -> tuple[Candidate, list[EpochRecord]]:
         folder = self.folder / "trials" / str(number)
         done = folder / "trial.json"
-        if done.is_file() and (folder / "net.taut").is_file():
-            data = read_json(done)
+        whole = once(lambda: done.is_file() and (folder / "net.taut").is_file())
+        data = once(lambda: read_json(done)) if whole else None
+        if data is not None:
             history = [EpochRecord(**r) for r in data["history"]]
             return self._candidate(data["candidate"], number), history
         self.say(f"trial {number}: {recipe}")
         trial = _Trial(self, recipe, folder)
         candidate = trial.go()
-        data = {"candidate": candidate.to_json(), "history": [vars(r) for r in trial.history]}
-        write_atomically(done, json.dumps(data, indent=1).encode())
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        if is_main():
+            data = {"candidate": candidate.to_json(), "history": [vars(r) for r in trial.history]}
+            write_atomically(done, json.dumps(data, indent=1).encode())
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         return candidate, trial.history
 
     def _candidate(self, data: dict[str, Any], number: int) -> Candidate:
@@ -328,27 +297,33 @@ class _Run:
         self, original: Measurement, tried: list[Candidate], chosen: int,
         history: list[EpochRecord],
     ) -> Result:  # fmt: skip
-        best = tried[chosen]
-        path = self.folder / "net.taut"
+        self.record = once(lambda: self._closed(original, tried, chosen))
+        candidates = [self._candidate(c, i + 1) for i, c in enumerate(self.record["candidates"])]
+        best = candidates[chosen]
         packed = load(best.path, clone(self.model))
+        run_chosen(packed, best.measurement.choices, BATCHES[0])
+        return Result(
+            model=packed, original=Measurement.from_json(self.record["original"]),
+            candidate=best, candidates=tuple(candidates), better=self.task.better,
+            goal=self.aim if isinstance(self.aim, Goal) else None, history=tuple(history),
+            folder=self.folder, task=self.task.name,
+        )  # fmt: skip
+
+    def _closed(self, original: Measurement, tried: list[Candidate], chosen: int) -> dict[str, Any]:
+        """The record of the finished run, with net.taut in place."""
+        best, path = tried[chosen], self.folder / "net.taut"
         content = Path(best.path).read_bytes()
         if not path.is_file() or path.read_bytes() != content:
             write_atomically(path, content)
         if self.record["status"] != "done":
-            original, best = self._time_together(original, best, packed)
-            tried[chosen] = best
+            packed = load(best.path, clone(self.model))
+            original, tried[chosen] = self._time_together(original, best, packed)
             self.record["original"] = original.to_json()
             self.record["candidates"] = [c.to_json() for c in tried]
             self.record["chosen"] = chosen
             self.record["status"] = "done"
             self.save()
-        tried = [self._candidate(c, i + 1) for i, c in enumerate(self.record["candidates"])]
-        run_chosen(packed, best.measurement.choices, BATCHES[0])
-        return Result(
-            model=packed, original=original, candidate=tried[chosen], candidates=tuple(tried),
-            better=self.task.better, goal=self.aim if isinstance(self.aim, Goal) else None,
-            history=tuple(history), folder=self.folder, task=self.task.name,
-        )  # fmt: skip
+        return self.record
 
     def _time_together(
         self, original: Measurement, best: Candidate, packed: nn.Module
@@ -372,7 +347,7 @@ class _Trial:
         self.run, self.recipe, self.folder = run, recipe, folder
         self.trace, self.task = run.trace, run.task
         self.model = clone(run.model)
-        self.device = Accelerator().device
+        self.device = processes.state().device
         self.model.to(self.device)
         self.history: list[EpochRecord] = []
         self.epochs = 0
@@ -396,7 +371,7 @@ class _Trial:
         for technique in applied.values():
             for line in technique.finish(self.model, self.trace):
                 self.run.say(line)
-        return self._measure()
+        return once(self._measure)
 
     def _recover(self, step: Recover) -> None:
         self.run.say(f"{step}")
@@ -416,7 +391,7 @@ class _Trial:
         self.history += recover(
             self.model, self.task, step, settings=self.recipe.settings(self.step),
             teacher=clone(self.run.model), trace=self.trace, step=self.step,
-            resume=self.recovering, on_epoch=on_epoch, on_batch=on_batch,
+            resume=self.recovering, folder=self.run.folder, on_epoch=on_epoch, on_batch=on_batch,
         )  # fmt: skip
 
     def _measure(self) -> Candidate:
@@ -433,6 +408,8 @@ class _Trial:
 
     def save(self) -> None:
         """The checkpoint: which forms the sites carry, and every tensor."""
+        if not is_main():
+            return
         state = {
             "step": self.step,
             "forms": {
@@ -445,14 +422,20 @@ class _Trial:
         }
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
-    def _resume(self) -> None:
+    def _saved(self) -> dict[str, Any] | None:
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
-            return
+            return None
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # whatever a damaged pickle makes of itself
             raise unreadable(path, error) from error
+        return state
+
+    def _resume(self) -> None:
+        state = once(self._saved)
+        if state is None:
+            return
         with torch.no_grad():
             for name, texts in state["forms"].items():
                 site = self.trace.site(name)

@@ -6,34 +6,38 @@
 d: distill, T: temperature; penalties: of the `regularise` before; bytes: what the forms that can
 tell estimate to take in the file, at a price that rises over the first third of the training. Where
 the task is no classification by cross-entropy, the second term is the mean squared distance between
-the two outputs. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015). The
-learning rate is a tenth of the task's and dropout shrinks with the connections that are left,
-D·sqrt(kept) (Han et al., NIPS 2015).
+the two outputs; a `distillation` before chooses another, and layers to match. Hinton, Vinyals,
+Dean: Distilling the Knowledge in a Neural Network (2015). The learning rate is a tenth of the
+task's and dropout shrinks with the connections that are left, D·sqrt(kept) (Han et al., NIPS 2015).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, count, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
-from taut.aim import Price
-from taut.errors import TrainingError
-from taut.modules import tensor_at
-from taut.regularise import Regularise
+from taut import processes
+from taut.errors import RecipeError, TrainingError
+from taut.modules import clone, tensor_at
+from taut.objective import Objective, setting
 from taut.schedules import Schedule, Schedules, settled
 from taut.task import Batch, Task
 from taut.technique import Setting, Step, option, register_step
 from taut.trace import Trace
+from taut.training import Average, Training, measure_batch_norms
 from taut.types import EpochRecord
 
 State = dict[str, Any]
@@ -64,9 +68,10 @@ def recover(
     options: Recover,
     *,
     settings: Sequence[Setting] = (),
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
     trace: Trace | None = None,
     step: int = 0,
+    folder: Path | None = None,
     resume: State | None = None,
     on_epoch: Callable[[EpochRecord, State], None] = lambda record, state: None,
     on_batch: Callable[[int, int, int], None] = lambda epoch, batch, of: None,
@@ -74,47 +79,112 @@ def recover(
     """Train in place and leave the best weights in the model; returns one record per epoch.
 
     settings: what else to train by, at most one of a kind. teacher: the original network, to distil
-    from. trace: of the original, to adjust its dropout.
+    from, or several networks. trace: of the original, to adjust its dropout. folder: of the run.
     resume: a state that on_epoch was given, to go on after that epoch. Raises TrainingError when
     the loss is no longer finite; the model keeps the best weights so far.
+
+    Where several processes run it (accelerate launch, torchrun), each takes every n-th batch and
+    the gradients are averaged: the same as one process with batches n times as large, if the data
+    come in an order that follows torch's random numbers. The main one scores.
     """
     if options.epochs == 0:
         return []
-    accelerator = Accelerator()
-    run = _Run(accelerator.prepare_model(model), task, options, accelerator, teacher, settings)
-    if resume is not None:
-        run.load(resume)
-    with run.schedules:
-        for epoch in range(run.epoch, options.epochs):
-            began = time.perf_counter()
-            with adjusted_dropout(model, teacher, trace):  # the masks may have tightened
-                loss = run.train_epoch(epoch, on_batch)
-            score = task.evaluate(model, task.chooses_by)
-            run.keep_best(score, last=epoch + 1 == options.epochs)
-            record = EpochRecord(
-                step=step, epoch=epoch + 1, loss=loss, score=score,
-                learning_rate=run.rate(), seconds=time.perf_counter() - began,
-            )  # fmt: skip
-            run.history.append(record)
-            run.epoch = epoch + 1
-            on_epoch(record, run.state())
-    run.restore_best()
+    run = _Run(model, task, options, settings, _several(teacher), trace, folder)
+    try:
+        if resume is not None:
+            run.load(resume)
+        with run.schedules:
+            while not run.done():
+                began, epoch = time.perf_counter(), run.epoch
+                with adjusted_dropout(model, trace):  # the masks may have tightened
+                    loss = run.train_epoch(epoch, on_batch)
+                score = run.score(epoch)
+                record = EpochRecord(
+                    step=step, epoch=epoch + 1, loss=loss, score=score,
+                    learning_rate=run.rate(), seconds=time.perf_counter() - began,
+                )  # fmt: skip
+                run.history.append(record)
+                run.epoch = epoch + 1
+                on_epoch(record, run.state())
+    finally:
+        run.objective.close()
+        run.restore_best()
     return run.history
 
 
+@dataclass(frozen=True, kw_only=True)
+class RateCurve:
+    """Losses, smoothed, as the learning rate rises; suggested: where they fall the fastest."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggested: float
+
+
+def find_learning_rate(
+    model: nn.Module,
+    task: Task,
+    options: Recover | None = None,
+    *,
+    settings: Sequence[Setting] = (),
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
+    lowest: float = 1e-6,
+    highest: float = 1.0,
+    steps: int = 100,
+) -> RateCurve:
+    """Train a copy for some steps while the rate rises evenly in its logarithm.
+
+    It ends early where the loss, averaged with a decay of 0.9, is four times its least. Smith:
+    Cyclical Learning Rates for Training Neural Networks (WACV 2017). Raises TrainingError where
+    the loss never falls.
+    """
+    if not 0 < lowest < highest or steps < 10:
+        raise RecipeError(
+            "find_learning_rate: rates must rise from above 0 in at least 10 steps, got "
+            f"lowest={lowest}, highest={highest}, steps={steps}"
+        )
+    run = _Run(clone(model), task, options or Recover(), settings, _several(teacher), None, None)
+    run.model.train()
+    batches = chain.from_iterable(run.read() for _ in count())
+    rates: list[float] = []
+    losses: list[float] = []
+    average = 0.0
+    try:
+        for i in range(steps):
+            rate = lowest * (highest / lowest) ** (i / (steps - 1))
+            for part in run.optimizer.param_groups:
+                part["lr"] = rate
+            group = list(islice(batches, run.training.accumulate))
+            average = 0.9 * average + 0.1 * run.step(group, 1.0, f"step {i}")
+            rates.append(rate)
+            losses.append(average / (1 - 0.9 ** (i + 1)))
+            if losses[-1] > 4 * min(losses) > 0:
+                break
+    except TrainingError:  # the rate is too high by far
+        pass
+    finally:
+        run.objective.close()
+    falls = [b - a for a, b in pairwise(losses)]
+    if not falls or losses[0] - min(losses) <= 1e-3 * abs(losses[0]):
+        raise TrainingError(
+            f"find_learning_rate: the loss never falls between rates of {lowest:.3g} and "
+            f"{highest:.3g}; try lower ones, or look at the data and the loss"
+        )
+    best = rates[falls.index(min(falls)) + 1]
+    return RateCurve(rates=tuple(rates), losses=tuple(losses), suggested=best)
+
+
 @contextmanager
-def adjusted_dropout(
-    model: nn.Module, original: nn.Module | None, trace: Trace | None
-) -> Iterator[None]:
+def adjusted_dropout(model: nn.Module, trace: Trace | None) -> Iterator[None]:
     """Dropout lowered to D·sqrt(kept): kept is the fraction of connections left in the next site.
 
-    The rates that the original has are put back afterwards.
+    The rates are put back afterwards.
     """
     before: dict[nn.Module, float] = {}
     for path, site in trace.dropouts.items() if trace is not None else ():
         module = model.get_submodule(path)
-        rate = getattr(original.get_submodule(path), "p", None) if original is not None else None
-        if isinstance(rate, float) and hasattr(module, "p"):
+        rate = getattr(module, "p", None)
+        if isinstance(rate, float):
             weight = tensor_at(model, site)
             kept = int(weight.count_nonzero()) / weight.numel()
             before[module] = rate
@@ -126,32 +196,52 @@ def adjusted_dropout(
             setattr(module, "p", rate)  # noqa: B010
 
 
+def _several(teacher: nn.Module | Sequence[nn.Module] | None) -> Sequence[nn.Module]:
+    if teacher is None:
+        return ()
+    return (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
+
+
 class _Run:
     """One recovery: the optimizer, the best weights, and all that a restart needs."""
 
     def __init__(
-        self, model: nn.Module, task: Task, options: Recover, accelerator: Accelerator,
-        teacher: nn.Module | None, settings: Sequence[Setting],
+        self, model: nn.Module, task: Task, options: Recover, settings: Sequence[Setting],
+        teachers: Sequence[nn.Module], trace: Trace | None, folder: Path | None,
     ) -> None:  # fmt: skip
-        self.model, self.task, self.options, self.settings = model, task, options, settings
-        self.accelerator = accelerator
-        distils = options.distill > 0 and teacher is not None
-        self.teacher = teacher.to(accelerator.device).eval() if distils and teacher else None
+        self.device = processes.state().device
+        self.model, self.task, self.options = model.to(self.device), task, options
+        self.trace = trace
+        self.training = setting(settings, Training)
         self.start_rate = (
             task.learning_rate / 10 if options.learning_rate is None else options.learning_rate
         )
-        self.optimizer: Any = accelerator.prepare(self._optimizer())
-        self.batches = task.length("train") or sum(1 for _ in task.batches("train"))
+        read = task.length("train") or sum(1 for _ in task.batches("train"))
+        self.batches = -(-read // processes.count())
+        self.objective = Objective(
+            self.model, task, settings, teachers, share=options.distill,
+            temperature=options.temperature, bytes_weight=options.bytes_weight,
+            launched=Accelerator().mixed_precision, folder=folder,
+        )  # fmt: skip
+        self.shared: DistributedDataParallel | None = None
+        if processes.count() > 1:
+            processes.align(self.objective)
+            self.shared = self.training.shared(self.objective)
+        self.optimizer = self._optimizer()
         self.schedule = next((s for s in settings if isinstance(s, Schedule)), None)
-        self.schedules = Schedules(model, self.optimizer, self.schedule)
-        self.epoch = 0
-        self.price = Price(model, options.bytes_weight, settings)
+        self.schedules = Schedules(self.model, self.optimizer, self.schedule)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.objective.dtype == torch.float16
+        )
+        averages = self.training.ema or self.training.average
+        self.average = Average(self.model) if averages else None
+        self.epoch = self.stale = 0
         self.best: State | None = None
         self.best_score = -math.inf
         self.history: list[EpochRecord] = []
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2],
              "weight_decay": self.options.weight_decay},
@@ -165,31 +255,74 @@ class _Run:
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def done(self) -> bool:
+        patience = self.training.patience
+        return self.epoch >= self.options.epochs or 0 < patience <= self.stale
+
+    def read(self) -> Iterator[Batch]:
+        """This process's part of one pass over the training data."""
+        processes.align_random()
+        for batch in processes.share(self.task.batches("train")):
+            yield batch.to(self.device)
+
     def train_epoch(self, epoch: int, on_batch: Callable[[int, int, int], None]) -> float:
         """One pass over the training data; returns the mean loss."""
         self.model.train()
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        for index, batch in enumerate(self.task.batches("train", self.accelerator.device)):
-            done = (epoch + index / self.batches) / self.options.epochs
-            self._set_rate(done)
-            self.optimizer.zero_grad()
-            with parametrize.cached():
-                loss = self._loss(batch) + self.price.cost(self.model, done)
-                self.accelerator.backward(loss)
-            value = loss.detach().double().cpu()
-            if not bool(value.isfinite()):
-                self.restore_best()
-                raise TrainingError(
-                    f"recover: the loss became {float(value)} in epoch {epoch + 1}, batch "
-                    f"{index + 1}, at learning rate {self.rate():.3g}; lower learning_rate, or "
-                    "look for NaN in the training data or the task's loss"
-                )
-            self.optimizer.step()
-            self.schedules.advance((epoch + (index + 1) / self.batches) / self.options.epochs)
-            total += value * batch.size
-            count += batch.size
-            on_batch(epoch + 1, index + 1, self.batches)
-        return float(total) / count
+        total, count, taken = 0.0, 0, 0
+        batches = self.read()
+        while group := list(islice(batches, self.training.accumulate)):
+            progress = (epoch + taken / self.batches) / self.options.epochs
+            self._set_rate(progress)
+            loss = self.step(group, progress, f"epoch {epoch + 1}, batch {taken + 1}")
+            for _ in group:
+                taken += 1
+                on_batch(epoch + 1, taken, self.batches)
+            self.schedules.advance((epoch + taken / self.batches) / self.options.epochs)
+            if self.average is not None and self.training.ema:
+                self.average.add(self.model, 1 - self.training.ema)
+            size = sum(b.size for b in group)
+            total, count = total + loss * size, count + size
+        self.objective.end_epoch()
+        losses, sizes = zip(*processes.gathered((total, count)), strict=True)
+        return float(sum(losses) / sum(sizes))
+
+    def step(self, group: Sequence[Batch], progress: float, where: str) -> float:
+        """One step of the optimizer by the mean loss of some batches, which is returned.
+
+        Raises TrainingError where the loss or a gradient is not finite; no weight has changed then.
+        """
+        self.optimizer.zero_grad()
+        loss, size = 0.0, sum(b.size for b in group)
+        for i, batch in enumerate(group):
+            waits = self.shared is not None and i + 1 < len(group)
+            quiet = self.shared.no_sync() if self.shared and waits else nullcontext()
+            with quiet, parametrize.cached():
+                part = (self.shared or self.objective)(batch, progress) * (batch.size / size)
+                self.scaler.scale(part).backward()
+            loss += float(part.detach().double())
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for g in self.optimizer.param_groups for p in g["params"]]
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        overflows = self.scaler.is_enabled()  # it leaves such a step out and scales less
+        fine = math.isfinite(loss) and (overflows or bool(norm.isfinite()))
+        if not processes.all_agree(fine, self.device):
+            raise TrainingError(self._diagnosis(loss, where))
+        if self.training.clip:
+            clip_grads_with_norm_(trained, self.training.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss
+
+    def _diagnosis(self, loss: float, where: str) -> str:
+        first = _first_bad_gradient(self.model, self.trace)
+        gradient = f"the gradient of {first!r} " if first else "a gradient "
+        what = f"the loss became {loss}" if not math.isfinite(loss) else f"{gradient}is not finite"
+        told = f"; the first gradient that is not finite is that of {first!r}" if first else ""
+        return (
+            f"recover: {what} in {where}, at learning rate {self.rate():.3g}"
+            f"{told if not math.isfinite(loss) else ''}; lower learning_rate, clip gradients by "
+            "training(clip=1), or look for NaN in the training data or the task's loss"
+        )
 
     def _set_rate(self, progress: float) -> None:
         progress = progress if self.schedule is None else self.schedule.phase(progress)
@@ -198,34 +331,30 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.start_rate * factor
 
-    def _loss(self, batch: Batch) -> Tensor:
-        output = self.model(*batch.args, **batch.kwargs)
-        loss = self.task.loss_of(output, batch.target)
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = self.teacher(*batch.args, **batch.kwargs)
-            share = self.options.distill
-            loss = (1 - share) * loss + share * self._distance(output, wanted)
-        for setting in self.settings:
-            if isinstance(setting, Regularise):
-                loss = loss + setting.penalty(self.model)
-        return loss
-
-    def _distance(self, output: Tensor, wanted: Tensor) -> Tensor:
-        if not self.task.is_classification:
-            return F.mse_loss(output, wanted)
-        t = self.options.temperature
-        axis = 1 if output.dim() > 1 else 0
-        log_p = F.log_softmax(output / t, axis)
-        q = F.softmax(wanted / t, axis)
-        return F.kl_div(log_p, q, reduction="batchmean") * t * t
+    def score(self, epoch: int) -> float:
+        """The score after an epoch, of the averaged weights where they are asked for."""
+        swa = self.training.average
+        if self.average is not None and swa and epoch >= self.options.epochs - swa:
+            self.average.add(self.model)
+        ready = self.average is None or self.average.taken > 0
+        averaged = self.average is not None and ready
+        with self.average.standing_in(self.model) if self.average and averaged else nullcontext():
+            if swa and averaged:
+                measure_batch_norms(self.model, self.read())
+            processes.align(self.model)
+            score = processes.once(lambda: self.task.evaluate(self.model, self.task.chooses_by))
+            if ready:
+                self.keep_best(score, last=epoch + 1 == self.options.epochs)
+        return score
 
     def keep_best(self, score: float, last: bool) -> None:
         """Remember the weights if no earlier epoch at full strength scored better."""
         merit = score if self.task.better == "higher" else -score
         if (settled(self.model) and merit > self.best_score) or (last and self.best is None):
-            self.best_score = merit
+            self.best_score, self.stale = merit, 0
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        elif self.best is not None:
+            self.stale += 1
 
     def restore_best(self) -> None:
         if self.best is not None:
@@ -233,24 +362,52 @@ class _Run:
 
     def state(self) -> State:
         """All that `load` needs to go on after this epoch, in plain types and tensors."""
+        teachers = self.objective.teachers
+        mine = {
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
         return {
             "epoch": self.epoch,
+            "stale": self.stale,
             "model": self.model.state_dict(),
+            "projections": teachers.projections.state_dict() if teachers else {},
             "optimizer": self.optimizer.state_dict(),
             "schedules": self.schedules.state_dict(),
-            "price": self.price.state_dict(),
+            "price": self.objective.price.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state() if self.average else None,
             "best": self.best,
             "best_score": self.best_score,
-            "random": torch.get_rng_state(),
+            "processes": processes.gathered(mine),
             "history": [vars(r) for r in self.history],
         }
 
     def load(self, state: State) -> None:
-        self.epoch = state["epoch"]
+        self.epoch, self.stale = state["epoch"], state["stale"]
         self.model.load_state_dict(state["model"])
+        if self.objective.teachers:
+            self.objective.teachers.projections.load_state_dict(state["projections"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedules.load_state_dict(state["schedules"])
-        self.price.load_state_dict(state["price"])
+        self.objective.price.load_state_dict(state["price"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load(state["average"])
         self.best, self.best_score = state["best"], state["best_score"]
-        torch.set_rng_state(state["random"])
+        mine = state["processes"][processes.index() % len(state["processes"])]
+        torch.set_rng_state(mine["random"].cpu())
+        if self.device.type == "cuda" and mine["cuda"]:
+            torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
         self.history = [EpochRecord(**r) for r in state["history"]]
+
+
+def _first_bad_gradient(model: nn.Module, trace: Trace | None) -> str | None:
+    """The parameter whose gradient ceased to be finite first, from the loss backwards."""
+    bad: dict[str, None] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            bad[re.sub(r"parametrizations\.(\w+)\..*", r"\1", name)] = None
+    order = [s.name for s in trace.sites] if trace is not None else []
+    sites = [n for n in order if n in bad]
+    return next(reversed(sites or list(bad)), None)

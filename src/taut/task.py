@@ -44,6 +44,14 @@ class Batch:
         given = (self.target, *self.args, *self.kwargs.values())
         return next((len(t) for t in given if isinstance(t, Tensor) and t.dim()), 1)
 
+    def to(self, device: torch.device | None) -> Batch:
+        """The same batch on another device; None leaves it where it is."""
+        return Batch(
+            args=tuple(to_device(a, device) for a in self.args),
+            kwargs={k: to_device(v, device) for k, v in self.kwargs.items()},
+            target=to_device(self.target, device),
+        )
+
 
 class Task:
     """What a network is for.
@@ -137,11 +145,7 @@ class Task:
             raise TaskError(f"{split}() must yield pairs (input, target), got {form}")
         given, target = item
         args, kwargs = _arguments(given, split)
-        return Batch(
-            args=tuple(to_device(a, device) for a in args),
-            kwargs={k: to_device(v, device) for k, v in kwargs.items()},
-            target=to_device(target, device),
-        )
+        return Batch(args=args, kwargs=kwargs, target=target).to(device)
 
     def length(self, split: str) -> int | None:
         """The number of batches of a split, where its iterable tells."""
