@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 from taut.aim import Price
 from taut.errors import TrainingError
 from taut.modules import tensor_at
+from taut.recoding import chains_of
 from taut.regularise import Regularise
 from taut.schedules import Schedule, Schedules, settled
 from taut.task import Batch, Task
@@ -152,11 +153,13 @@ class _Run:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        of_forms = {p for _, links, _ in chains_of(self.model) for p in links.parameters()}
+        weights = [p for p in trained if p.dim() >= 2 and p not in of_forms]
+        others = [p for p in trained if p.dim() < 2 or p in of_forms]
         groups = [
-            {"params": [p for p in trained if p.dim() >= 2],
-             "weight_decay": self.options.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]  # fmt: skip
+            {"params": weights, "weight_decay": self.options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         groups = [g for g in groups if g["params"]]
         if self.options.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.start_rate, momentum=0.9)
