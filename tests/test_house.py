@@ -29,7 +29,7 @@ FLOORS = (
     {"technique"},
     {"recoding"},
     {"layers", "sparse_weight", "indexed_weight"},
-    {"mask", "selection"},
+    {"mask", "selection", "dead_units"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "aim"},
     {"schedules"},

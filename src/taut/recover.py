@@ -112,6 +112,8 @@ def adjusted_dropout(
     The rates that the original has are put back afterwards.
     """
     before: dict[nn.Module, float] = {}
+    was_training = model.training
+    model.eval()  # the weights as they will be used, without noise
     for path, site in trace.dropouts.items() if trace is not None else ():
         module = model.get_submodule(path)
         rate = getattr(original.get_submodule(path), "p", None) if original is not None else None
@@ -120,6 +122,7 @@ def adjusted_dropout(
             kept = int(weight.count_nonzero()) / weight.numel()
             before[module] = rate
             setattr(module, "p", rate * math.sqrt(kept))  # noqa: B010 - nn.Module types it a tensor
+    model.train(was_training)
     try:
         yield
     finally:

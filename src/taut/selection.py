@@ -17,9 +17,9 @@ SETTLES = 0.7
 class Selection(Form):
     """weight = core · kept, with kept of 0 and 1; while training, what `noisy` makes of the core.
 
-    The choice is free for the first seven tenths of a training, in which the price of a byte has its
-    effect. Then the mask is what `keeps` says, the noise ends, and what was kept trains on. mask:
-    bool of the core's shape, meaningful once fixed, a bool, is true.
+    The choice is free for the first seven tenths of a training, in which the price of a byte has
+    its effect. Then the mask is what `keeps` says, the noise ends, and what was kept trains on.
+    mask: bool of the core's shape, meaningful once fixed, a bool, is true.
     """
 
     mask: Tensor

@@ -15,8 +15,9 @@ H is the entropy of positions, bits what the value of a kept weight takes.
 Louizos, Welling, Kingma: Learning Sparse Neural Networks through L0 Regularization (ICLR 2018).
 Where we differ: the penalty is in bits of the file and counts positions; in training z is divided
 by its median, as in inverted dropout, so that a gate that is kept counts as 1 and a file needs
-nothing but positions and values; gates are fixed after seven tenths of a training, and the rest of it
-trains what they kept; log alpha learns ten times as fast as the weights, which were trained before.
+nothing but positions and values; gates are fixed after seven tenths of a training, and the rest of
+it trains what they kept; log alpha starts by magnitude and learns ten times as fast as the weights,
+which were trained before.
 """
 
 from __future__ import annotations

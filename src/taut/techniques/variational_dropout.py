@@ -15,8 +15,8 @@ objective, is bytes_weight = 8 · log(2) / n.
 Molchanov, Ashukha, Vetrov: Variational Dropout Sparsifies Deep Neural Networks (ICML 2017). Where
 we differ: the noise is drawn on the weights, once a batch, and not on the activations (local
 reparameterisation, whose gradients vary less), since a form sees nothing but its weight; the noise
-is switched off and the choice fixed after seven tenths of a training, and the rest of it trains what
-was kept; log sigma² learns ten times as fast as the weights, which were trained before.
+is switched off and the choice fixed after seven tenths of a training, and the rest of it trains
+what was kept; log sigma² learns ten times as fast as the weights, which were trained before.
 """
 
 from __future__ import annotations
