@@ -196,7 +196,6 @@ def test_a_mask_and_gates_share_a_site(trained, task, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_its_gates(trained, tmp_path):
-    trained[2].p = 0.0
     recipe = "l0_gates > recover(epochs=3, learning_rate=0.01, bytes_weight=1e-3)"
 
     class Kill(taut.Watch):
