@@ -78,6 +78,23 @@ def sparse_shared(*shape: int) -> PackedWeight:
     return SparseWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)))
 
 
+def sparse_sparse(*shape: int) -> PackedWeight:
+    """What gates left of what a mask kept."""
+    kept = mask(*shape)
+    inner = mask(int(kept.sum()))
+    return SparseWeight(kept, SparseWeight(inner, Plain.of(numbers(*shape)[kept][inner])))
+
+
+def dense_sparse_sparse(*shape: int) -> Tensor:
+    """One place after another, as a person would."""
+    out, seen = [], 0
+    for kept, value in zip(mask(*shape).flatten(), numbers(*shape).flatten(), strict=True):
+        again = bool(kept) and bool(mask(seen + 1)[-1])
+        out.append(float(value) if again else 0.0)
+        seen += bool(kept)
+    return torch.tensor(out).reshape(shape)
+
+
 def dense_sparse_shared(*shape: int) -> Tensor:
     """One place after another, as a person would."""
     out, seen = [], 0
@@ -93,6 +110,7 @@ WRITTEN = {
     "shared_values": shared,
     "integers": integers,
     "sparse_shared": sparse_shared,
+    "sparse_sparse": sparse_sparse,
 }
 MEANT = {
     "plain": numbers,
@@ -100,6 +118,7 @@ MEANT = {
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
     "integers": numbers,
     "sparse_shared": dense_sparse_shared,
+    "sparse_sparse": dense_sparse_sparse,
 }
 NODES: dict[str, Any] = {
     "plain": ["plain.v1"],
@@ -111,6 +130,7 @@ NODES: dict[str, Any] = {
         {},
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
+    "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -224,5 +244,9 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20
     count = {t.names[0]: sum(p.count for p in t.parts.values()) for t in summary.tensors}
     kept = int(mask(20, 20).sum())
-    expected = {"plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404}
+    again = int(mask(kept).sum())
+    expected = {
+        "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
+        "sparse_sparse": 400 + kept + again,
+    }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -29,7 +29,7 @@ FLOORS = (
     {"technique"},
     {"recoding"},
     {"layers", "sparse_weight", "indexed_weight"},
-    {"mask", "dead_units"},
+    {"mask", "selection", "dead_units"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "aim", "dreams", "watch"},
     {"schedules", "training", "teacher_cache"},

@@ -100,6 +100,7 @@ def coded_bytes(model: nn.Module) -> Tensor:
 def _uncoded_bytes(model: nn.Module) -> float:
     """About what a file takes for all that forms do not tell: plain numbers, names, the header."""
     coded = {id(core) for _, _, core in chains_of(model)}
-    inside = {id(p) for _, links, _ in chains_of(model) for p in links.parameters()}
+    chains = [links for _, links, _ in chains_of(model)]
+    inside = {id(t) for links in chains for t in (*links.parameters(), *links.buffers())}
     plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in coded | inside]
     return 60.0 + 10.0 * len(coded) + sum(2.0 * t.numel() for t in plain if t.dim())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,25 @@ def parametrized_names(model: nn.Module) -> list[str]:
         if parametrize.is_parametrized(module)
         for name in cast(nn.ModuleDict, module.parametrizations)
     ]
+
+
+def weights_in_use(model: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every parameter as its modules use it, computed ones included, with all its dotted names.
+
+    A tied one comes once. What computes another is no parameter of the network, and left out.
+    """
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" in path.split("."):
+            continue
+        held = {n: p for n, p in module._parameters.items() if p is not None}
+        if parametrize.is_parametrized(module):
+            for name, computed in cast(nn.ModuleDict, module.parametrizations).items():
+                held[name] = getattr(computed, "original", computed)
+        for name, parameter in held.items():
+            found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    for names in found.values():
+        yield tuple(names), tensor_at(model, names[0])
 
 
 def device_of(model: nn.Module) -> torch.device:

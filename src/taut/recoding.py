@@ -418,6 +418,7 @@ class Recoding(Technique):
         device = core(model, site).device
         links.forms.append(form.to(device))
         links.recipe.append(self)
+        links.train(owner(model, site.name)[0].training)
         replace_core(model, site, new.to(device))
 
 

@@ -18,14 +18,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
@@ -33,6 +33,7 @@ from taut import processes
 from taut.errors import RecipeError, TrainingError
 from taut.modules import clone, tensor_at
 from taut.objective import Objective, setting
+from taut.recoding import chains_of
 from taut.schedules import Schedule, Schedules, settled
 from taut.task import Batch, Task
 from taut.technique import Setting, Step, option, register_step
@@ -181,6 +182,8 @@ def adjusted_dropout(model: nn.Module, trace: Trace | None) -> Iterator[None]:
     The rates are put back afterwards.
     """
     before: dict[nn.Module, float] = {}
+    was_training = model.training
+    model.eval()  # the weights as they will be used, without noise
     for path, site in trace.dropouts.items() if trace is not None else ():
         module = model.get_submodule(path)
         rate = getattr(module, "p", None)
@@ -189,6 +192,7 @@ def adjusted_dropout(model: nn.Module, trace: Trace | None) -> Iterator[None]:
             kept = int(weight.count_nonzero()) / weight.numel()
             before[module] = rate
             setattr(module, "p", rate * math.sqrt(kept))  # noqa: B010 - nn.Module types it a tensor
+    model.train(was_training)
     try:
         yield
     finally:
@@ -242,11 +246,13 @@ class _Run:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.objective.parameters() if p.requires_grad]
+        of_forms = {p for _, links, _ in chains_of(self.model) for p in links.parameters()}
+        weights = [p for p in trained if p.dim() >= 2 and p not in of_forms]
+        others = [p for p in trained if p.dim() < 2 or p in of_forms]
         groups = [
-            {"params": [p for p in trained if p.dim() >= 2],
-             "weight_decay": self.options.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]  # fmt: skip
+            {"params": weights, "weight_decay": self.options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         groups = [g for g in groups if g["params"]]
         if self.options.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.start_rate, momentum=0.9)
@@ -263,7 +269,14 @@ class _Run:
         """This process's part of one pass over the training data."""
         processes.align_random()
         for batch in processes.share(self.task.batches("train")):
-            yield batch.to(self.device)
+            yield self.lay_out(batch.to(self.device))
+
+    def lay_out(self, batch: Batch) -> Batch:
+        """Images with their channels last: convolutions on a CPU train about twice as fast."""
+        if not any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
+            return batch
+        args = (a.to(memory_format=torch.channels_last) if _is_image(a) else a for a in batch.args)
+        return replace(batch, args=tuple(args))
 
     def train_epoch(self, epoch: int, on_batch: Callable[[int, int, int], None]) -> float:
         """One pass over the training data; returns the mean loss."""
@@ -400,6 +413,10 @@ class _Run:
         if self.device.type == "cuda" and mine["cuda"]:
             torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
         self.history = [EpochRecord(**r) for r in state["history"]]
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
 
 
 def _first_bad_gradient(model: nn.Module, trace: Trace | None) -> str | None:

@@ -10,7 +10,7 @@ import fnmatch
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
@@ -133,22 +133,11 @@ class Technique(Step, ABC):
 
     def _chosen(self, among: tuple[Site, ...]) -> tuple[Site, ...]:
         """Those that `only` matches."""
-        chosen = tuple(s for s in among if self._matches(s))
+        chosen = tuple(s for s in among if matches(self.only, s.names))
         if not chosen:
             known = ", ".join(s.name for s in among) or "none, the network has no weights"
             raise RecipeError(f"{self.name}: only={self.only!r} matches no site; known: {known}")
         return chosen
-
-    def _matches(self, site: Site) -> bool:
-        patterns = [p.strip() for p in self.only.split(",")]
-        barred = [p[1:].strip() for p in patterns if p.startswith("!")]
-        wanted = [p for p in patterns if not p.startswith("!")] or ["*"]
-
-        def fits(globs: list[str]) -> bool:
-            forms = [form for g in globs for form in (g, f"{g}.*")]
-            return any(fnmatch.fnmatchcase(n, g) for n in site.names for g in forms)
-
-        return fits(wanted) and not fits(barred)
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
@@ -170,6 +159,19 @@ class Technique(Step, ABC):
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
         """After training, before packing: clean-ups that keep every answer. Returns what it did."""
         return []
+
+
+def matches(only: str, names: Iterable[str]) -> bool:
+    """Whether an option `only` chooses what goes by these names; a name stands for all below it."""
+    patterns = [p.strip() for p in only.split(",")]
+    barred = [p[1:].strip() for p in patterns if p.startswith("!")]
+    wanted = [p for p in patterns if not p.startswith("!")] or ["*"]
+
+    def fits(globs: list[str]) -> bool:
+        forms = [form for g in globs for form in (g, f"{g}.*")]
+        return any(fnmatch.fnmatchcase(n, g) for n in names for g in forms)
+
+    return fits(wanted) and not fits(barred)
 
 
 def techniques() -> dict[str, type[Technique]]:

@@ -28,6 +28,7 @@ from taut.errors import RecipeError
 from taut.mask import Mask, largest
 from taut.modules import tensor_at
 from taut.recoding import Form, Recoding, chain
+from taut.sparse_weight import sparse_bytes
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.trace import Trace
@@ -111,10 +112,7 @@ class PruneWeights(Recoding):
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
-        kept = max(1, round((1 - self.sparsity) * count))
-        p = kept / count
-        entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
-        return count * entropy / 8 + (_plain_bytes(kept, p) if inner is None else inner(kept))
+        return sparse_bytes(count, max(1, round((1 - self.sparsity) * count)), inner)
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
         if shape != site.shape:
@@ -142,17 +140,6 @@ class PruneWeights(Recoding):
             if empty:
                 lines.append(f"{site.name}: {empty} of {site.shape[0]} output rows are empty")
         return lines
-
-
-def _plain_bytes(kept: int, fraction: float) -> float:
-    """Coded bytes of float16 values of which only the largest magnitudes were kept.
-
-    The low byte is noise. The high one holds sign, exponent and two digits: the fewer are kept,
-    the closer together their magnitudes lie.
-    """
-    octaves = -math.log2(1 - fraction) if fraction < 1 else math.inf
-    high_bits = 1.3 + min(4.0, math.log2(1 + 4 * octaves))
-    return kept * (1 + high_bits / 8)
 
 
 def _lamp(weights: Tensor) -> Tensor:
