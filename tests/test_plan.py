@@ -9,6 +9,7 @@ import torch
 from nets import traced
 from torch import nn
 
+from taut.aim import Aim
 from taut.goal import Goal
 from taut.modules import clone
 from taut.pack import pack
@@ -18,7 +19,7 @@ from taut.recover import Recover
 from taut.schedules import Schedule
 from taut.statistics import Statistics
 from taut.technique import Technique
-from taut.techniques import PruneWeights, ShareValues
+from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.types import Candidate, Latency, Measurement, Site
 
 torch.manual_seed(0)
@@ -56,6 +57,10 @@ def bits(recipe: Recipe) -> int:
     return next(s.bits for s in recipe.steps if isinstance(s, ShareValues))
 
 
+def aimed(recipe: Recipe) -> int:
+    return next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), 0)
+
+
 def epochs(recipe: Recipe) -> int:
     return sum(s.epochs for s in recipe.steps if isinstance(s, Recover))
 
@@ -67,8 +72,9 @@ def world(
 
     def measure(recipe: Recipe) -> Measurement:
         got = forecast(recipe, TRACE, MODEL, STATISTICS)
+        size_bytes = aimed(recipe) or got.size_bytes
         return Measurement(
-            score=score(recipe), size_bytes=round(error * got.size_bytes),
+            score=score(recipe), size_bytes=round(error * size_bytes),
             parameters=WEIGHTS + BIASES, nonzero_parameters=round(got.parameters), macs=WEIGHTS,
             effective_macs=round(got.macs),
             latencies=(Latency(batch=1, threads=1, engine="x", median_ms=ms, iqr_ms=0, runs=9),),
@@ -78,9 +84,14 @@ def world(
 
 
 def run(
-    goal: str, measured: World, first: int = 12, most: int = 5
+    goal: str, measured: World, first: int = 12, most: int = 5, masks: bool = True
 ) -> tuple[list[Recipe], list[Measurement]]:
-    """Propose and measure until nothing more is proposed."""
+    """Propose and measure until nothing more is proposed.
+
+    masks: whether a bound on work, which all keep, asks for recipes whose sizes are foretold.
+    """
+    if masks and "parameters" not in goal:
+        goal += ", parameters<=100%"
     tried: list[Candidate] = []
     recipes: list[Recipe] = []
     while True:
@@ -260,6 +271,46 @@ def test_an_impossible_bound_gives_the_strongest_recipe_and_then_nothing(error: 
 def test_an_unreachable_bound_on_work_gives_no_repetition() -> None:
     recipes, _ = run("bytes<=5%, macs<=1", world(), most=99)
     assert {sparsity(r) for r in recipes} == {MOST_SPARSITY}
+
+
+# By training for a short code
+
+
+def test_a_bound_on_bytes_is_aimed_at_by_code_length() -> None:
+    recipes, measured = run("bytes<=3%, score>=-1%", world(), first=9, masks=False)
+    assert len(recipes) == 1
+    coded, aim, training = recipes[0].steps
+    assert coded == CodeLength()
+    assert training == Recover(epochs=9)
+    limit = 0.03 * ORIGINAL.size_bytes
+    assert isinstance(aim, Aim)
+    assert aim.size_bytes == round(0.97 * limit)
+    assert measured[0].size_bytes <= limit
+
+
+def test_an_aim_that_was_missed_is_corrected() -> None:
+    recipes, measured = run("bytes<=3%", world(1.2), masks=False)
+    assert [aimed(r) for r in recipes] == [
+        round(0.97 * 0.03 * ORIGINAL.size_bytes), pytest.approx(aimed(recipes[0]) / 1.2, abs=1)
+    ]  # fmt: skip
+    assert measured[1].size_bytes <= 0.03 * ORIGINAL.size_bytes
+
+
+def test_where_a_short_code_costs_score_it_trains_longer_then_prunes() -> None:
+    recipes, _ = run("bytes<=5%, score>=-1%", world(score=lambda r: 0.5), masks=False, most=99)
+    assert [(aimed(r) > 0, epochs(r)) for r in recipes[:3]] == [
+        (True, 12), (True, 36), (False, 12)
+    ]  # fmt: skip
+    assert (sparsity(recipes[2]) > 0.5, bits(recipes[2])) == (True, 5)
+
+
+def test_the_smallest_file_is_sought_by_aims() -> None:
+    def score(recipe: Recipe) -> float:
+        return 0.9 if aimed(recipe) >= 1500 else 0.5
+
+    recipes, measured = run("score>=-1%", world(score=score), most=12, masks=False)
+    assert all(aimed(r) for r in recipes)
+    assert 1500 <= min(m.size_bytes for m in measured if m.score == 0.9) < 1.15 * 1500
 
 
 # Without a bound on bytes

@@ -68,6 +68,7 @@ class Price:
         error = size - (1 - done) * self.first - done * math.log(self.aim.size_bytes)
         error = max(-1.0, min(1.0, error))
         self.log_price += _INTEGRAL * error * (progress - self.progress)
+        self.log_price = min(self.log_price, _HIGHEST - math.log(self.aim.size_bytes))
         self.progress = progress
         return math.exp(self.log_price + _PROPORTIONAL * error)
 
@@ -82,6 +83,7 @@ class Price:
 _REACHED = 0.5
 _FIRST = 0.02  # units of the loss for the whole file: a cross-entropy of a network that knows
 _PROPORTIONAL, _INTEGRAL = 4.0, 60.0
+_HIGHEST = math.log(1e3)  # for the whole file: where this does not make it small, nothing does
 
 
 def coded_bytes(model: nn.Module) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from taut.aim import Aim
 from taut.errors import RecipeError
 from taut.goal import Goal
 from taut.recipe import Recipe
@@ -22,12 +23,13 @@ from taut.recover import Recover
 from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
 from taut.technique import Technique
-from taut.techniques import PruneWeights, ShareValues
+from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.trace import Trace
 from taut.types import Candidate, Measurement, Site
 
 MOST_SPARSITY = 0.995
 _FILE_BYTES, _SITE_BYTES = 60, 10  # container and header, seen on small networks
+_CODED = 0  # bits: as many as a number is worth
 _ROOM = 0.97  # aim a little under the bound: predictions are within a few per cent
 
 
@@ -161,11 +163,18 @@ class _Planner:
         self.trace, self.model, self.statistics = trace, model, statistics
 
     def within(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
-        """Aim at the bound on bytes; where the score falls short, train longer or change bits."""
+        """Aim at the bound on bytes; where the score falls short, train longer or write otherwise.
+
+        Training for a short code comes first where bytes are bounded; work that is bounded takes
+        masks, whose sizes are known beforehand.
+        """
         bound = self.goal.bound("bytes")
         limit = math.inf if bound is None else bound.limit(self.original)
+        ways = [(5, 1), (4, 1), (5, 2), (4, 2), (6, 2), (3, 2)]  # bits, factor on the epochs
+        if self._may_code():
+            ways = [(_CODED, 1), (_CODED, 3), *ways]
         if not tried:
-            return self.recipe(limit * _ROOM, bits=5, epochs=epochs)
+            return self.recipe(limit * _ROOM, ways[0][0], epochs)
         last = tried[-1]
         error = self._error(last)
         missed = last.measurement.size_bytes > limit
@@ -175,10 +184,13 @@ class _Planner:
             options = [(_bits(last), _epochs(last))]
         else:
             done = {(_bits(c), _epochs(c)) for c in tried if c.measurement.size_bytes <= limit}
-            options = [(4, 1), (5, 2), (4, 2), (6, 2), (3, 2)]  # bits, factor on the epochs
-            options = [(b, f * epochs) for b, f in options if (b, f * epochs) not in done]
+            options = [(b, f * epochs) for b, f in ways if (b, f * epochs) not in done]
+            error = error if options and options[0][0] == _bits(last) else 1.0
         recipes = (self.recipe(limit * _ROOM / error, bits, longer) for bits, longer in options)
         return _first_new(recipes, tried)
+
+    def _may_code(self) -> bool:
+        return not any(self.goal.bound(axis) for axis in ("parameters", "macs"))
 
     def smallest(self, tried: Sequence[Candidate], epochs: int) -> Recipe | None:
         """Bisect on the logarithm of the bytes for the smallest file that keeps every bound."""
@@ -197,11 +209,15 @@ class _Planner:
             size = math.sqrt(low * high)
         if size > 0.3 * self.original.size_bytes:
             return None
-        recipe = self.recipe(size / (self._error(tried[-1]) if tried else 1.0), 5, epochs)
+        bits = _CODED if self._may_code() else 5
+        recipe = self.recipe(size / (self._error(tried[-1]) if tried else 1.0), bits, epochs)
         return _first_new([recipe], tried)
 
     def recipe(self, size_bytes: float, bits: int, epochs: int) -> Recipe:
         """The mildest recipe of this form whose forecast keeps the size and the other bounds."""
+        if bits == _CODED:
+            aim = Aim(size_bytes=max(1, round(size_bytes)))
+            return Recipe((CodeLength(), aim, Recover(epochs=epochs)))
         share = ShareValues(bits=bits)
         if self._fits(Recipe((share,)), size_bytes):
             return Recipe((share, Recover(epochs=epochs)))
@@ -226,7 +242,8 @@ class _Planner:
     def _error(self, candidate: Candidate) -> float:
         """Measured size over predicted size."""
         recipe = Recipe.parse(candidate.recipe)
-        predicted = forecast(recipe, self.trace, self.model, self.statistics).size_bytes
+        aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
+        predicted = aimed or forecast(recipe, self.trace, self.model, self.statistics).size_bytes
         return candidate.measurement.size_bytes / predicted
 
 
@@ -238,7 +255,8 @@ def _first_new(recipes: Iterable[Recipe], tried: Sequence[Candidate]) -> Recipe 
 
 def _bits(candidate: Candidate) -> int:
     steps = Recipe.parse(candidate.recipe).steps
-    return next((s.bits for s in steps if isinstance(s, ShareValues)), 5)
+    coded = any(isinstance(s, CodeLength) for s in steps)
+    return _CODED if coded else next((s.bits for s in steps if isinstance(s, ShareValues)), 5)
 
 
 def _epochs(candidate: Candidate) -> int:
