@@ -12,6 +12,7 @@ sites' shares evolve, by the problem's genes; every child meets the budget.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class _Population(Walk):
         mother, father = self._parent(), self._parent()
         crossed = torch.where(torch.rand(size, generator=generator) < 0.5, mother, father)
         fineness = float(torch.rand((), generator=generator))
-        step = self.options.step * self.options.finest**fineness
+        step = self.options.step * math.pow(self.options.finest, fineness)
         changed = torch.rand(size, generator=generator) < self.options.mutated
         noise = self.problem.noise(1, generator)[0]
         return crossed + step * noise * changed

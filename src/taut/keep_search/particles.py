@@ -76,7 +76,7 @@ def weights(damages: Tensor, effective: float) -> Tensor:
     The effective number is 1 / Σ w². Infinite damage weighs nothing; where more than that many are
     equally good, those share the weight.
     """
-    worse = damages - damages.min()
+    worse = damages.double() - damages.min()
     worse = worse.nan_to_num(nan=0.0) if bool(damages.isinf().all()) else worse
     scale = worse[worse.isfinite()].max().clamp(min=1e-300)
     low, high = -30.0, 60.0  # of log2(b · scale)
