@@ -16,7 +16,7 @@ from taut.keep_search.problem import spread
 from taut.modules import clone, tensor_at
 
 UNITS, COSTS, HARM = (10, 12, 8, 14), (4.0, 1.0, 9.0, 2.0), (0.3, 3.0, 0.1, 1.0)
-SEARCHES = (Particles(), Evolution(), Reinforcement(updates=10, width=32))
+SEARCHES = (Particles(), Evolution(), Reinforcement(width=32))
 each_search = pytest.mark.parametrize("search", SEARCHES, ids=lambda s: s.name)
 
 

@@ -25,19 +25,18 @@ from torch import Tensor, nn
 
 import taut
 from taut.data import Batches, ImageData, fashion_mnist, images, mnist
-from taut.keep_search import Evolution, Particles, Problem, Reinforcement
+from taut.keep_search import SEARCHES, Problem
 from taut.keep_search.problem import Masks, spread
+from taut.mask import Mask
 from taut.modules import clone
 from taut.recoding import core
 from taut.statistics import Curve
 from taut.techniques import PruneWeights
-from taut.techniques.prune_weights import Mask
 from taut.zoo import LeNet5, ResNet
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import Figure, run
 
-SEARCHES = {"particles": Particles(), "evolution": Evolution(), "reinforcement": Reinforcement()}
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)
 """Sparsities at which a layer's sensitivity is taken."""
 
@@ -56,9 +55,9 @@ class Case:
 
 
 CASES = (
-    Case("LeNet-5, filters", LeNet5, mnist, 12_000, 5, "filter", 0.35),
-    Case("LeNet-5, connections", LeNet5, mnist, 12_000, 5, "weight", 0.1),
-    Case("ResNet-8, filters", lambda: ResNet(8, in_channels=1, stride=2), fashion_mnist, 12_000, 6,
+    Case("LeNet-5, filters", LeNet5, mnist, 10_000, 4, "filter", 0.35),
+    Case("LeNet-5, connections", LeNet5, mnist, 10_000, 4, "weight", 0.1),
+    Case("ResNet-8, filters", lambda: ResNet(8, in_channels=1, stride=2), fashion_mnist, 10_000, 5,
          "filter", 0.7),
 )  # fmt: skip
 

@@ -13,6 +13,10 @@ from taut.keep_search.problem import Layer, Problem
 from taut.keep_search.reinforcement import Agent, Reinforcement
 from taut.keep_search.search import Found, KeepSearch
 
+SEARCHES: dict[str, KeepSearch] = {s.name: s for s in (Particles(), Evolution(), Reinforcement())}
+"""Every search with its default options, by name."""
+
 __all__ = [
-    "Agent", "Evolution", "Found", "KeepSearch", "Layer", "Particles", "Problem", "Reinforcement",
+    "SEARCHES", "Agent", "Evolution", "Found", "KeepSearch", "Layer", "Particles", "Problem",
+    "Reinforcement",
 ]  # fmt: skip

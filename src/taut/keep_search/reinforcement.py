@@ -48,7 +48,7 @@ class Reinforcement(KeepSearch):
     warmup: int = option(24, low=2, high=10_000, unit="episode", help="before the agent acts")
     noise: float = option(0.1, low=0, high=1, help="standard deviation, on its first actions")
     decay: float = option(0.99, low=0, high=1, help="of the noise, from episode to episode")
-    updates: int = option(20, low=0, high=10_000, help="after each episode")
+    updates: int = option(10, low=0, high=10_000, help="after each episode")
     batch: int = option(64, low=1, high=65_536, help="transitions in each update")
     width: int = option(64, low=1, high=4096, help="of both networks' two hidden layers")
     learning_rate: float = option(5e-3, low=0, high=1, help="the critic's; the actor's is half")
