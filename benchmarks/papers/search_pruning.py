@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,18 @@ def measure(options: argparse.Namespace) -> list[Figure]:
 def _case(case: Case, options: argparse.Namespace) -> list[Figure]:
     task, model = _trained(case, options)
     traced = taut.trace(model, task.example())
-    calibration = _calibration(task, 200 if options.quick else 1000)
+    calibration = _calibration(task, 100 if options.quick else 500)
 
     def problem(genes: str) -> Problem:
         given: Any = {"unit": case.unit, "genes": genes}
         return Problem.of(model, traced.sites, calibration, kept=case.kept, **given)
 
-    def errors(masks: Masks, seed: int) -> tuple[float, float]:
+    def errors(masks: Iterable[Tensor], seed: int) -> tuple[float, float]:
         """Test error in per cent, right after the cut and after the recovery."""
         torch.manual_seed(seed)
         net = clone(model)
         for site, mask in zip(traced.sites, masks, strict=True):
-            form = Mask(spread(mask, site.shape).clone())
-            PruneWeights().place(net, site, form, core(net, site))
+            PruneWeights().place(net, site, Mask(spread(mask, site.shape)), core(net, site))
         after_cut = 100 * (1 - task.evaluate(net))
         taut.recover(net, task, taut.Recover(epochs=1), teacher=model, trace=traced)
         return after_cut, 100 * (1 - task.evaluate(net))
@@ -109,8 +108,7 @@ def _case(case: Case, options: argparse.Namespace) -> list[Figure]:
             for seed in seeds:
                 asked, began = problem(genes), time.perf_counter()
                 got = search.search(asked, evaluations=_evaluations(options), seed=seed)
-                masks = tuple(_units(got.masks[x.name], x.units) for x in asked.layers)
-                found.append(errors(masks, seed))
+                found.append(errors(got.masks.values(), seed))
                 seconds = time.perf_counter() - began
                 _say(case.name, row, found[-1], f"damage {got.damage:.4f}, {seconds:.0f} s")
             rows[row] = _median(found)
@@ -128,9 +126,9 @@ def _case(case: Case, options: argparse.Namespace) -> list[Figure]:
 
 def _trained(case: Case, options: argparse.Namespace) -> tuple[taut.Task, nn.Module]:
     data = case.data()
-    used, held = (700, 100) if options.quick else (case.examples, 1000)
+    used, held = (600, 100) if options.quick else (case.examples, 500)
     x, y = images(data.train_images[:used]), data.train_labels[:used]
-    shown = 300 if options.quick else 10_000
+    shown = 300 if options.quick else 5_000
     task = taut.Task(
         train=Batches(x[:-held], y[:-held], 128, shuffle=True),
         validation=Batches(x[-held:], y[-held:], 1000),
@@ -184,13 +182,8 @@ def _by_sensitivity(problem: Problem) -> Masks:
     return problem.ranked([max(1, int(n)) for n in counts])
 
 
-def _units(mask: Tensor, units: int) -> Tensor:
-    """The units' mask from the weights'."""
-    return mask.reshape(units, -1)[:, 0]
-
-
 def _evaluations(options: argparse.Namespace) -> int:
-    return 4 if options.quick else 120
+    return 4 if options.quick else 80
 
 
 def _median(found: list[tuple[float, float]]) -> tuple[float, float]:

@@ -268,7 +268,7 @@ def spread(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask of a weight, bool [*shape], from that of its units (rows or single weights)."""
     if mask.numel() == math.prod(shape):
         return mask.reshape(shape)
-    return mask.reshape(-1, *(1 for _ in shape[1:])).expand(shape)
+    return mask.reshape(-1, *(1 for _ in shape[1:])).expand(shape).clone()
 
 
 def _standing(order: Tensor) -> Tensor:
