@@ -205,6 +205,13 @@ def test_a_state_of_another_search_or_problem_is_refused():
             search.search(problem, evaluations=5, seed=seed, state=states[0])
 
 
+def test_an_agent_learns_where_gradients_are_off():
+    search = Reinforcement(width=8, warmup=4)
+    with torch.no_grad():
+        off = search.search(by_counts(), evaluations=12)
+    assert off.trail == search.search(by_counts(), evaluations=12).trail
+
+
 # The particle filter's parts
 
 
@@ -324,5 +331,29 @@ def test_what_is_refused_says_why():
         Evolution().search(by_counts(), evaluations=0)
     with pytest.raises(RecipeError, match=r"reinforcement: .* genes='units'"):
         Reinforcement().search(by_units()[0], evaluations=1)
+    for counts in ((10, 12, 8, 14), (0, 1, 1, 1)):
+        with pytest.raises(RecipeError, match=r"1 unit or more, .* 60.8 of 152 MACs or parameters"):
+            by_counts().ranked(counts)
+    with pytest.raises(RecipeError, match=r"genes has no choice 'unit'; did you mean 'units'"):
+        Problem(layers, harm, kept=0.5, genes="unit")
     with pytest.raises(RecipeError, match=r"particles must lie in \[2, 10000\], got 1"):
         Particles(particles=1)
+
+
+def test_a_network_without_proper_scores_is_refused(trained, task):
+    sites = taut.trace(trained, task.example()).sites[:1]
+
+    def of(**options):
+        return Problem.of(trained, sites, lambda net: 0.0, kept=0.5, **options)
+
+    for scores, got in (
+        ({}, "got None"),
+        ({"0.weight": torch.ones(3)}, r"got \[3\]"),
+        ({"0.weight": torch.full((48, 64), math.nan)}, "NaN in the scores or in the network"),
+    ):
+        with pytest.raises(RecipeError, match=rf"'0.weight' needs a finite score .*{got}"):
+            of(scores=scores)
+    with pytest.raises(RecipeError, match=r"unit has no choice 'filters'; did you mean 'filter'"):
+        of(unit="filters")
+    with pytest.raises(RecipeError, match=r"cost has no choice 'mac'; did you mean 'macs'"):
+        of(cost="mac")

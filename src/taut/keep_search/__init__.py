@@ -4,7 +4,8 @@
     found = Evolution(population=16).search(problem, evaluations=200, seed=0)
 
 Nothing is trained while a search runs: a candidate's damage is that of the network right after the
-cut. Magnitude alone is `problem.by_score()`.
+cut. `found.masks` says which weights stay. `prune_weights(scope="evolution")` searches how many
+each layer keeps; what magnitude alone would keep is `problem.by_score()`.
 """
 
 from taut.keep_search.evolution import Evolution

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from taut.errors import RecipeError
+from taut.errors import RecipeError, did_you_mean
 from taut.modules import plain_copy, tensor_at
 from taut.types import Site
 
@@ -63,6 +63,7 @@ class Problem:
         self, layers: Sequence[Layer], damage: Callable[[Masks], float], *, kept: float,
         genes: Literal["sites", "units"] = "sites",
     ) -> None:  # fmt: skip
+        _one_of("genes", genes, "sites", "units")
         self.layers, self.genes, self.kept = tuple(layers), genes, kept
         self._units = torch.tensor([x.units for x in layers], dtype=torch.float64)
         self._unit_cost = torch.tensor([x.unit_cost for x in layers], dtype=torch.float64)
@@ -99,13 +100,23 @@ class Problem:
         measure: the damage of a network, without training it. kept: of the sites' MACs or
         parameters; the MACs of a filter are those of its row of the weight, inputs that later
         layers then read in vain are not counted off. scores: the importance of each weight,
-        [*shape] by site, by default its magnitude; a filter's is the mean of its weights'.
+        [*shape] by site, by default its magnitude; a filter's is the mean of its weights'. Raises
+        RecipeError for scores that are missing, no numbers or of another shape.
         """
+        _one_of("cost", cost, "macs", "parameters")
+        _one_of("unit", unit, "filter", "weight")
         probe = plain_copy(model)
         whole = [tensor_at(probe, s.name).detach().clone() for s in sites]
 
         def layer(site: Site, weight: Tensor) -> Layer:
-            each = (weight.abs() if scores is None else scores[site.name]).detach().cpu().double()
+            each = weight.abs() if scores is None else scores.get(site.name)
+            if each is None or each.shape != weight.shape or not bool(each.isfinite().all()):
+                raise RecipeError(
+                    f"keep_search: site {site.name!r} needs a finite score for each weight of "
+                    f"{list(weight.shape)}, got {None if each is None else list(each.shape)}; "
+                    "look for NaN in the scores or in the network"
+                )
+            each = each.detach().cpu().double()
             ranked = each.flatten(1).mean(1) if unit == "filter" else each.flatten()
             spent = site.macs if cost == "macs" else site.numel
             return Layer(
@@ -143,7 +154,8 @@ class Problem:
     def ranked(self, counts: Sequence[int]) -> Masks:
         """The candidate that keeps so many units of each site, the best scores first.
 
-        Where the counts leave some of the budget, more are kept.
+        Where the counts leave some of the budget, more are kept. Raises RecipeError where they do
+        not fit it, or leave a site without units.
         """
         masks = []
         for order, count in zip(self._orders, self._filled(counts), strict=True):
@@ -240,6 +252,11 @@ class Problem:
         """The counts with what they leave of the budget spent, on the dearest units first."""
         filled = list(counts)
         left = self.budget - float(torch.tensor(filled, dtype=torch.float64) @ self._unit_cost)
+        if left < 0 or min(filled) < 1:
+            raise RecipeError(
+                f"keep_search: each site keeps 1 unit or more, all together at most "
+                f"{self.budget:.6g} of {self.total:.6g} MACs or parameters, got {filled}"
+            )
         for i in sorted(range(len(filled)), key=lambda i: -self.layers[i].unit_cost):
             price, room = self.layers[i].unit_cost, self._sizes[i] - filled[i]
             more = room if price == 0 else min(room, int(left // price))
@@ -269,6 +286,12 @@ def spread(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     if mask.numel() == math.prod(shape):
         return mask.reshape(shape)
     return mask.reshape(-1, *(1 for _ in shape[1:])).expand(shape).clone()
+
+
+def _one_of(what: str, given: str, *choices: str) -> None:
+    if given not in choices:
+        near = did_you_mean(str(given), choices)
+        raise RecipeError(f"keep_search: {what} has no choice {given!r}{near}")
 
 
 def _standing(order: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class Agent:
         moved = float(self.actor(state)) + noise * float(torch.randn((), generator=generator))
         return min(1.0, max(0.0, moved))
 
+    @torch.enable_grad()
     def learn(self, states: Tensor, actions: Tensor, rewards: Tensor) -> None:
         """One update. states: [n, features]; actions, rewards: [n]."""
         of_actor, of_critic = self.optimizers

@@ -88,10 +88,11 @@ class KeepSearch(Step, ABC):
         identity = {"search": str(self), "problem": problem.fingerprint(), "seed": seed}
         if state is not None:
             for what, ours in identity.items():
-                if state[what] != ours:
+                theirs = state.get(what)
+                if theirs != ours:
                     raise RunError(
                         f"{self.name}: the state to go on from belongs to another {what}: "
-                        f"{state[what]!r}, not {ours!r}; start anew, or take its own"
+                        f"{theirs!r}, not {ours!r}; take this one's own, or start anew"
                     )
             best, trail = tuple(state["best"]), list(state["trail"])
             generator.set_state(state["random"])
