@@ -249,6 +249,45 @@ def test_systematic_resampling_keeps_each_as_often_as_it_weighs():
         assert torch.allclose(total / 400 / n, w, atol=0.02)
 
 
+def test_without_noise_the_next_particles_are_the_better_of_the_last():
+    states = []
+    Particles(particles=12, noise=0.0).search(by_counts(), evaluations=12, on_step=states.append)
+    first, last = states[0]["walk"]["genomes"], states[-1]["walk"]["genomes"]
+    origin = (last[:, None] - first).abs().sum(-1).min(1)
+    assert float(origin.values.max()) < 1e-12  # each is a copy
+    damages = torch.tensor(states[-2]["walk"]["damages"])
+    left = {i for i in origin.indices.tolist() if i < 11}
+    assert 1 < len(left) < 10
+    assert damages[list(left)].mean() < damages.mean()
+
+
+def test_with_noise_the_particles_keep_their_weighted_mean_and_spread():
+    states = []
+    search = Particles(particles=800, noise=0.8)
+    search.search(by_counts(), evaluations=800, on_step=lambda s: states.append(s["walk"]))
+    first, damages = states[-2]["genomes"], states[-2]["damages"]
+    damages = torch.tensor([*damages, by_counts().damage(by_counts().candidate(first[-1]))])
+    w = weights(damages, search.effective)
+    mean = w @ first
+    std = (w @ (first - mean).square()).sqrt()
+    moved = states[-1]["genomes"]
+    assert torch.allclose(moved.mean(0), mean, atol=0.1)
+    assert torch.allclose(moved.std(0), std, rtol=0.1)
+    assert (std < 0.9 * first.std(0)).any()
+
+
+def test_a_child_takes_the_place_of_the_worst_where_it_is_better():
+    walks = []
+    search = Evolution(population=6)
+    search.search(by_counts(), evaluations=60, on_step=lambda s: walks.append(s["walk"]["damages"]))
+    assert any(a != b for a, b in itertools.pairwise(walks[5:]))
+    for before, after in itertools.pairwise(walks[5:]):
+        assert sorted(after)[:-1] <= sorted(before)[:-1]
+        changed = [i for i in range(6) if before[i] != after[i]]
+        assert changed in ([], [before.index(max(before))])
+        assert max(after) <= max(before)
+
+
 # Networks
 
 
