@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from taut.data import mnist
+from taut.data import fashion_mnist, mnist
 from taut.errors import DataError
+from taut.keep_search import SEARCHES
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +37,14 @@ def digits():
         return mnist()
     except DataError as error:
         pytest.skip(f"MNIST is not to be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def clothes():
+    try:
+        return fashion_mnist()
+    except DataError as error:
+        pytest.skip(f"Fashion-MNIST is not to be had: {error}")
 
 
 def test_own_loop():
@@ -76,6 +85,20 @@ def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
     assert "LeNet-300-100, test error" in short  # one epoch on 2,500 digits cannot reach it
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"falls short: {', '.join(short)}"
+
+
+@pytest.mark.usefixtures("digits", "clothes")
+def test_the_searches_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/papers/search_pruning.py", "--quick", "--json", str(record), cwd=ROOT)
+    figures = json.loads(record.read_text())["figures"]
+    for net in ("LeNet-5, filters", "ResNet-8, filters"):
+        for row in (*SEARCHES, "particles of masks", "evolution of masks"):
+            for when in ("cut", "recovered"):
+                found = [f for f in figures if f["name"] == f"{net}, {row}, {when}"]
+                assert len(found) == 1
+                assert 0 <= found[0]["ours"] <= 100
+                assert 0 <= found[0]["asked"] <= 100
 
 
 def test_the_kernels_benchmark_passes_quickly(tmp_path):

@@ -27,7 +27,7 @@ FLOORS = (
     {"files", "coding", "kernels", "modules", "processes", "zoo", "distances", "watched"},
     {"data", "trace", "statistics"},
     {"technique"},
-    {"recoding"},
+    {"recoding", "keep_search"},
     {"layers", "sparse_weight", "indexed_weight"},
     {"mask", "selection", "dead_units"},
     {"techniques"},

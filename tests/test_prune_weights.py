@@ -9,6 +9,7 @@ from torch import nn
 
 import taut
 from taut.errors import RecipeError
+from taut.keep_search import SEARCHES, Reinforcement
 from taut.modules import clone, tensor_at
 from taut.recipe import Recipe
 from taut.recoding import chain
@@ -30,8 +31,9 @@ def test_the_largest_magnitudes_survive_unchanged(trained, task):
         assert before[kept].abs().min() >= before[~kept].abs().max()
 
 
-@pytest.mark.parametrize("scope", ["sensitivity", "lamp", "global"])
-def test_a_shared_fraction_is_the_fraction_of_all_weights(trained, task, scope):
+@pytest.mark.parametrize("scope", ["sensitivity", "lamp", "global", *SEARCHES])
+def test_a_shared_fraction_is_the_fraction_of_all_weights(trained, task, scope, monkeypatch):
+    monkeypatch.setitem(SEARCHES, "reinforcement", Reinforcement(updates=1))  # a quick one
     net = taut.apply(clone(trained), PruneWeights(sparsity=0.9, scope=scope), task)
     names = ("0.weight", "3.weight", "5.weight")
     total = sum(tensor_at(net, n).numel() for n in names)
@@ -47,12 +49,13 @@ def test_global_ranks_all_weights_together(trained, task):
     assert kept[kept != 0].abs().min() > gone.abs().max()
 
 
-def test_sensitivity_hurts_less_than_the_same_fraction_everywhere(trained, task):
+@pytest.mark.parametrize("scope", ["sensitivity", "particles", "evolution"])
+def test_what_data_share_out_hurts_less_than_the_same_fraction_everywhere(trained, task, scope):
     def loss(scope):
         net = taut.apply(clone(trained), PruneWeights(sparsity=0.7, scope=scope), task)
         return task.calibration_loss()(net)
 
-    assert loss("sensitivity") < loss("layer")
+    assert loss(scope) < loss("layer")
 
 
 def test_threshold_and_quality_remove_what_lies_below(trained, task):

@@ -288,6 +288,8 @@ def test_without_data_a_scan_refuses() -> None:
         statistics.sensitivity(sites[0])
     with pytest.raises(TaskError, match="sensitivity scan"):
         PruneWeights(scope="sensitivity").localise(net, sites, statistics)
+    with pytest.raises(TaskError, match="search for what to keep needs a task with data, got none"):
+        PruneWeights(scope="evolution").localise(net, sites, statistics)
     local = PruneWeights(sparsity=0.5, scope="layer").localise(net, sites, statistics)
     assert set(local) == {"a.weight", "b.weight"}
 

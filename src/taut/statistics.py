@@ -55,6 +55,15 @@ class Statistics:
         self._loss = loss
         self._curves: dict[str, Curve] = {}
 
+    def loss(self, model: nn.Module) -> float:
+        """The loss of any network on the calibration data. Raises TaskError without data."""
+        if self._loss is None:
+            raise TaskError(
+                "a search for what to keep needs a task with data, got none; without data choose "
+                "prune_weights(scope='layer') or scope='global'"
+            )
+        return self._loss(model)
+
     def sensitivity(self, site: Site) -> Curve:
         """The loss as this site alone is pruned by magnitude, without recovery."""
         if site.name not in self._curves:

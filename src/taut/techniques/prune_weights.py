@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from taut.dead_units import drop_dead_units
 from taut.errors import RecipeError
+from taut.keep_search import SEARCHES, Problem
 from taut.mask import Mask, largest
 from taut.modules import tensor_at
 from taut.recoding import Form, Recoding, chain
@@ -49,10 +50,10 @@ class PruneWeights(Recoding):
     sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
     scope: str = option(
         "sensitivity",
-        choices=("sensitivity", "lamp", "global", "layer"),
+        choices=("sensitivity", "lamp", "global", "layer", *SEARCHES),
         help="what the fraction is of: each layer, or all weights together, ranked by magnitude "
-        "(global), by magnitude relative to the layer's larger ones (lamp), or shared out by a "
-        "scan of each layer's sensitivity",
+        "(global), by magnitude relative to the layer's larger ones (lamp), shared out by a "
+        "scan of each layer's sensitivity, or by a search (keep_search) that tries allocations",
     )
     threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
     quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
@@ -79,6 +80,13 @@ class PruneWeights(Recoding):
                 cut = held.abs().flatten().kthvalue(max(1, round(part * held.numel()))).values
                 quality = float(cut / held.std(correction=0))
                 _log.info("prune_weights: %s: sparsity %.3f, quality %.2f", name, part, quality)
+        elif self.scope in SEARCHES:
+            problem = Problem.of(
+                model, sites, statistics.loss, kept=1 - self.sparsity, cost="parameters",
+                unit="weight",
+            )  # fmt: skip
+            kept = SEARCHES[self.scope].search(problem).kept
+            sparsity = {n: 1 - share for n, share in kept.items()}
         else:
             ranks = {n: _lamp(w) if self.scope == "lamp" else w.abs() for n, w in weights.items()}
             every = torch.cat([r.flatten() for r in ranks.values()])
