@@ -16,8 +16,9 @@ from taut.errors import DataError
 ROOT = Path(__file__).parent.parent
 
 
-def run(script, *arguments, **environment):
-    command = [sys.executable, "-W", "error", str(ROOT / script), *map(str, arguments)]
+def run(script, *arguments, warnings=("error",), **environment):
+    switches = [part for w in warnings for part in ("-W", w)]
+    command = [sys.executable, *switches, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(
         command,
         cwd=environment.pop("cwd", None),
@@ -43,6 +44,23 @@ def test_own_loop():
     raw, size, before, after = re.findall(r"[\d.,]+\d", printed)
     assert int(raw.replace(",", "")) > 8 * int(size.replace(",", ""))
     assert float(after) > float(before) - 0.03
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    theirs = "ignore::FutureWarning:lightning.pytorch.utilities._pytree"
+    printed = run("examples/03_lightning.py", warnings=("error", theirs))
+    raw, size, before, after = re.findall(r"[\d.,]+\d", printed.splitlines()[-1])
+    assert int(raw.replace(",", "")) > 14 * int(size.replace(",", ""))
+    assert float(after) > float(before) - 0.04
+
+
+def test_hugging_face():
+    pytest.importorskip("transformers")
+    printed = run("examples/04_hugging_face.py")
+    raw, size, before, after = re.findall(r"[\d.,]+\d", printed.splitlines()[-1])
+    assert int(raw.replace(",", "")) > 7 * int(size.replace(",", ""))
+    assert float(after) > float(before) - 0.04 > 0.6
 
 
 @pytest.mark.usefixtures("digits")
