@@ -63,7 +63,9 @@ def fit(net, epochs, *callbacks):
             folder, num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=5e-3,
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        transformers.Trainer(net, options, train_dataset=examples, callbacks=list(callbacks)).train()
+        transformers.Trainer(
+            net, options, train_dataset=examples, callbacks=list(callbacks)
+        ).train()
 
 
 net = network()
