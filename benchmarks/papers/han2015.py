@@ -147,9 +147,8 @@ def _figure(task: taut.Task, options: argparse.Namespace) -> list[Figure]:
         points = [(1.0, _error(network, task))]
         for rate in rates:
             torch.manual_seed(options.seed)
-            net = taut.apply(
-                clone(network), PruneWeights(sparsity=1 - 1 / rate, scope="lamp"), task
-            )
+            prune = PruneWeights(sparsity=1 - 1 / rate, scope="lamp")
+            net = taut.apply(clone(network), prune, task)
             taut.recover(net, task, training, settings=[*also, *settings])
             points.append((rate, _error(net, task)))
         said = ", ".join(f"{rate:.0f}× {error:.2f} %" for rate, error in points)
