@@ -63,9 +63,10 @@ def fit(net, epochs, *callbacks):
             folder, num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=5e-3,
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        transformers.Trainer(
-            net, options, train_dataset=examples, callbacks=list(callbacks)
-        ).train()
+        trainer = transformers.Trainer(net, options, train_dataset=examples)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
 
 
 net = network()
