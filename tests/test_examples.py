@@ -96,6 +96,20 @@ def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
     assert done.stderr.splitlines()[-1] == f"falls short: {', '.join(short)}"
 
 
+@pytest.mark.usefixtures("digits")
+def test_han2015_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    printed = run("benchmarks/papers/han2015.py", "--quick", "--json", record, cwd=ROOT)
+    found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
+    assert len(found) == 8
+    for net in ("LeNet-300-100", "LeNet-5"):
+        assert found[f"{net}, times fewer parameters"]["holds"]
+        assert not found[f"{net}, test error"]["holds"]  # of one epoch on 1,200 digits
+    rates = [f["ours"] for name, f in found.items() if name.startswith("one step or many")]
+    assert all(0 < rate < 20 for rate in rates)
+    assert "schedule(end=1.0, rewind='rate'): 1× " in printed
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")

@@ -4,10 +4,12 @@ Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neur
 2015). Table 1: LeNet-300-100 and LeNet-5 with 12 times fewer parameters at 1.59 and 0.77 % error;
 biases are counted. Figure 5: L1 against L2 while training, pruned with and without retraining, in
 one step and iteratively. There the paper has AlexNet and reads off what costs no accuracy, 5 times
-in one step and 9 times iteratively; here it is LeNet-300-100, and how many times fewer parameters
-cost half a point, since on MNIST less drowns in noise. One step and many train for as many epochs.
-The last 5,000 training images choose the best epoch; the test images are scored once, at the end.
-Beyond the paper, in the table alone: distillation from the original.
+in one step and 9 times iteratively; here it is LeNet-300-100 on 20,000 digits, and how many times
+fewer parameters cost half a point, since on MNIST less drowns in noise. As in the paper, each
+iteration is retrained for as long as the one step is; the last figure gives the one step as many
+epochs as all iterations together, which the paper does not. The last 5,000 training images choose
+the best epoch; the test images are scored once, at the end. Beyond the paper, in the table alone:
+distillation from the original.
 """
 
 from __future__ import annotations
@@ -54,27 +56,27 @@ NETS = (
     Net(
         "LeNet-300-100",
         lambda: LeNet300(dropout=0.3),
-        taut.Recover(epochs=24, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
-        "prune_weights(sparsity=0.919) > schedule(kind='cubic', steps=40) > recover(epochs=20)",
+        taut.Recover(epochs=16, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
+        "prune_weights(sparsity=0.919) > schedule(kind='cubic', steps=40) > recover(epochs=16)",
         "267K → 22K (12×), 1.59 %",
         1.59,
     ),
     Net(
         "LeNet-5",
         lambda: LeNet5(dropout=0.4),
-        taut.Recover(epochs=12, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
-        "prune_weights(sparsity=0.919) > schedule(kind='cubic', steps=40) > recover(epochs=12)",
+        taut.Recover(epochs=8, learning_rate=2e-3, weight_decay=0.1, distill=0.0),
+        "prune_weights(sparsity=0.919) > schedule(kind='cubic', steps=40) > recover(epochs=10)",
         "431K → 36K (12×), 0.77 %",
         0.77,
     ),
 )
 
 L2 = taut.Recover(
-    epochs=10, optimizer="sgd", learning_rate=0.05, weight_decay=5e-4, distill=0.0
-)  # as Caffe's LeNet
+    epochs=15, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4, distill=0.0
+)  # near to Caffe's LeNet
 L1 = replace(L2, weight_decay=0.0)
-LASSO = Regularise(kind="l1", weight=2e-5)
-RETRAINED = 6
+LASSO = Regularise(kind="l1", weight=5e-5)
+RETRAINED, ITERATIONS = 5, 4  # epochs, and how many times
 COST = 0.5  # points of error
 
 
@@ -92,7 +94,14 @@ def measure(options: argparse.Namespace) -> list[Figure]:
     for net in (n for n in NETS if options.only in n.name):
         with tempfile.TemporaryDirectory() as folder:
             figures += _table(net, task, options, Path(folder))
-    return figures + (_figure(task, options) if options.only in "one step or many" else [])
+    if options.only in "one step or many":
+        few = taut.Task(
+            train=Batches(x[:-held][:20_000], y[:-held][:20_000], 128, shuffle=True),
+            validation=Batches(x[-held:], y[-held:], 1000),
+            test=Batches(*test, 1000),
+        )
+        figures += _figure(few, options)
+    return figures
 
 
 # ---- table 1 --------------------------------------------------------------------------------
@@ -129,7 +138,7 @@ def _short(step: taut.Recover) -> taut.Recover:
 
 
 def _figure(task: taut.Task, options: argparse.Namespace) -> list[Figure]:
-    few, many = ((4.0,), (16.0,)) if options.quick else (_rates(2, 16, 10), _rates(10, 80, 6))
+    few, many = ((4.0,), (16.0,)) if options.quick else (_rates(2, 16, 7), _rates(8, 64, 4))
     networks = {}
     for name, training, settings in (("L1", L1, [LASSO]), ("L2", L2, [])):
         torch.manual_seed(options.seed)
@@ -143,7 +152,7 @@ def _figure(task: taut.Task, options: argparse.Namespace) -> list[Figure]:
         network, training, also = (
             (networks["L1"], L1, [LASSO]) if name == "L1" else (networks["L2"], L2, [])
         )
-        training = replace(training, epochs=epochs, learning_rate=5e-3)  # a tenth, as in the paper
+        training = replace(training, epochs=epochs, learning_rate=1e-2)  # a tenth, as in the paper
         points = [(1.0, _error(network, task))]
         for rate in rates:
             torch.manual_seed(options.seed)
@@ -156,20 +165,21 @@ def _figure(task: taut.Task, options: argparse.Namespace) -> list[Figure]:
         return _reached(points, best + COST)
 
     epochs = 1 if options.quick else RETRAINED
-    steps = Schedule(steps=8, end=0.8)
+    steps = Schedule(steps=ITERATIONS, end=1.0, rewind="rate")
     cut = {name: fewer(name, 0, few) for name in ("L1", "L2")}
     retrained = {name: fewer(name, epochs, many) for name in ("L1", "L2")}
-    iterative = fewer("L2", epochs, many, steps)
+    iterative = fewer("L2", ITERATIONS * epochs, many, steps)
+    longer = fewer("L2", ITERATIONS * epochs, many)
     return [
         Figure(name="one step or many: L1 over L2 without retraining", paper="L1 is better",
                ours=cut["L1"] / cut["L2"], asked=1, at_most=False, unit="×"),
         Figure(name="one step or many: L2 over L1 with retraining", paper="L2 is better",
                ours=retrained["L2"] / retrained["L1"], asked=1, at_most=False, unit="×"),
-        Figure(name="one step or many: retrained over not, L2", paper="2 → 5 times fewer",
-               ours=retrained["L2"] / cut["L2"], asked=2, at_most=False, unit="×"),
         Figure(name="one step or many: iterative over one step, L2", paper="5 → 9 times fewer",
-               ours=iterative / retrained["L2"], asked=1.2, at_most=False, unit="×",
+               ours=iterative / retrained["L2"], asked=1.8, at_most=False, unit="×",
                command=str(steps)),
+        Figure(name="one step or many: iterative over one step of as many epochs, L2", paper="–",
+               ours=iterative / longer, asked=1, at_most=False, unit="×", command=str(steps)),
     ]  # fmt: skip
 
 
