@@ -1,7 +1,8 @@
-"""Pruned networks, and training loops as their users write them."""
+"""Pruned networks, and training loops as their users write them, one of them in two processes."""
 
 import torch
 from conftest import small_net
+from torch import distributed, nn
 
 import taut
 from taut.modules import clone, tensor_at
@@ -60,3 +61,26 @@ def dense_gradient(net, task, batch):
             module.bias.copy_(net.get_submodule(name.rpartition(".")[0]).bias)
     task.loss(plain(*batch.args), batch.target).backward()
     return plain[0].weight.grad
+
+
+def two_halves(rank, folder, schedule):
+    """Trains on one half of each batch, or on both where rank is None; leaves the masks there."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 12), torch.randint(0, 4, (64,))
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    task = taut.Task(train=[(x, y)], test=[(x, y)])
+    taut.apply(net, PruneWeights(sparsity=0.6, scope="layer"), task)
+    trained = net
+    if rank is not None:
+        x, y = x[rank::2], y[rank::2]
+        distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+        trained = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attach_schedules(trained, optimizer, 12, schedule)
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(trained(x), y).backward()
+        optimizer.step()
+    torch.save([mask_of(net, n).mask for n in ("0.weight", "2.weight")], f"{folder}/{rank}.pt")
+    if rank is not None:
+        distributed.destroy_process_group()

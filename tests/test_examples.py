@@ -17,8 +17,9 @@ from taut.keep_search import SEARCHES
 ROOT = Path(__file__).parent.parent
 
 
-def run(script, *arguments, **environment):
-    command = [sys.executable, "-W", "error", str(ROOT / script), *map(str, arguments)]
+def run(script, *arguments, warnings=("error",), **environment):
+    switches = [part for w in warnings for part in ("-W", w)]
+    command = [sys.executable, *switches, str(ROOT / script), *map(str, arguments)]
     done = subprocess.run(
         command,
         cwd=environment.pop("cwd", None),
@@ -52,6 +53,23 @@ def test_own_loop():
     raw, size, before, after = re.findall(r"[\d.,]+\d", printed)
     assert int(raw.replace(",", "")) > 8 * int(size.replace(",", ""))
     assert float(after) > float(before) - 0.03
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    theirs = "ignore::FutureWarning:lightning.pytorch.utilities._pytree"
+    printed = run("examples/03_lightning.py", warnings=("error", theirs))
+    raw, size, before, after = re.findall(r"[\d.,]+\d", printed.splitlines()[-1])
+    assert int(raw.replace(",", "")) > 14 * int(size.replace(",", ""))
+    assert float(after) > float(before) - 0.04
+
+
+def test_hugging_face():
+    pytest.importorskip("transformers")
+    printed = run("examples/04_hugging_face.py")
+    raw, size, before, after = re.findall(r"[\d.,]+\d", printed.splitlines()[-1])
+    assert int(raw.replace(",", "")) > 7 * int(size.replace(",", ""))
+    assert float(after) > float(before) - 0.04 > 0.6
 
 
 @pytest.mark.usefixtures("digits")
@@ -99,6 +117,20 @@ def test_the_searches_benchmark_passes_quickly(tmp_path):
                 assert len(found) == 1
                 assert 0 <= found[0]["ours"] <= 100
                 assert 0 <= found[0]["asked"] <= 100
+
+
+@pytest.mark.usefixtures("digits")
+def test_han2015_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    printed = run("benchmarks/papers/han2015.py", "--quick", "--json", record, cwd=ROOT)
+    found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
+    assert len(found) == 8
+    for net in ("LeNet-300-100", "LeNet-5"):
+        assert found[f"{net}, times fewer parameters"]["holds"]
+        assert not found[f"{net}, test error"]["holds"]  # of one epoch on 1,200 digits
+    rates = [f["ours"] for name, f in found.items() if name.startswith("one step or many")]
+    assert all(0 < rate < 20 for rate in rates)
+    assert "schedule(end=1.0, rewind='rate'): 1× " in printed
 
 
 def test_the_kernels_benchmark_passes_quickly(tmp_path):

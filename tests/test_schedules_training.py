@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from loops import adam, core_of, counts, dense_gradient, mask_of, pruned, train
+from loops import adam, core_of, counts, dense_gradient, mask_of, pruned, train, two_halves
 
 import taut
 from taut.modules import tensor_at
@@ -195,3 +195,13 @@ def test_micro_batches_count_as_one_step(trained, task):
     torch.testing.assert_close(mask_of(net).gathered, scores)
     optimizer.step()
     assert bool(mask_of(net).mask.all())
+
+
+def test_two_processes_keep_the_masks_of_one(tmp_path):
+    schedule = Schedule(kind="cubic", by="movement", steps=4, end=1.0)
+    two_halves(None, tmp_path, schedule)
+    torch.multiprocessing.spawn(two_halves, (tmp_path, schedule), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{n}.pt") for n in (None, 0, 1))
+    for masks in zip(one, first, second, strict=True):
+        assert torch.equal(masks[1], masks[2])
+        assert float((masks[0] == masks[1]).double().mean()) > 0.97  # sums in another order

@@ -16,8 +16,8 @@ class Mask(Form):
     """weight = core · mask. mask: bool of the core's shape.
 
     kept: how many entries are to be left once a schedule, if the mask follows one, is through.
-    followed: whether it has begun to follow one. What the core holds under the mask stays as it
-    was, so that a schedule can open the mask again.
+    followed: whether it has begun to follow one; set it where the choice is to stand. What the
+    core holds under the mask stays as it was, so that a schedule can open the mask again.
     """
 
     mask: Tensor
@@ -50,6 +50,10 @@ class Mask(Form):
         part = gradient if self.gathers == "gradient" else -gradient * core
         part = part.detach().nan_to_num(0.0, 0.0, 0.0)  # a step that a loss scaler will skip
         self.gathered = part if self.gathered is None else self.gathered + part
+
+    def choose(self, scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
+        """The mask that a cut leaves, of all entries or of those in a mask."""
+        return largest(scores, count, among)
 
     def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         return self.mask if outer is None else self.mask & outer

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from taut.errors import RecipeError
-from taut.mask import Mask, largest
+from taut.mask import Mask
 from taut.recipe import Recipe
 from taut.recoding import Chain, chains_of
 from taut.technique import Setting, option, register_step
@@ -150,7 +150,7 @@ class Schedules:
         self._start: dict[str, Tensor] | None = None  # the parameters at the rewind point
         self._remove: Callable[[], None] = lambda: None
         if schedule is not None and self._open():
-            self.advance(0.0)
+            self._follow(schedule, 0.0)
 
     @torch.no_grad()
     def _open(self) -> bool:
@@ -169,7 +169,6 @@ class Schedules:
             self._first[name] = int(mask.mask.sum())
         return began
 
-    @torch.no_grad()
     def advance(self, progress: float) -> None:
         """After an optimizer step: tell the forms how far the training has come, from 0 to 1."""
         progress = min(progress, 1.0)
@@ -177,6 +176,7 @@ class Schedules:
         if self.schedule is not None and self._first:
             self._follow(self.schedule, progress)
 
+    @torch.no_grad()
     def _follow(self, schedule: Schedule, progress: float) -> None:
         rewinds = schedule.rewind == "weights"
         if rewinds and self._start is None and progress >= schedule.rewind_to:
@@ -198,18 +198,18 @@ class Schedules:
         before, size = mask.mask.clone(), core.abs()
         gathered = _over_processes(mask.gathered)
         if schedule.by == "movement" and gathered is not None:
-            mask.mask.copy_(largest(gathered, kept))
+            mask.mask.copy_(mask.choose(gathered, kept))
         elif schedule.by == "surgery":
             size = torch.where(before, (1 + schedule.fraction) * size, size)
-            mask.mask.copy_(largest(size, kept))
+            mask.mask.copy_(mask.choose(size, kept))
             return  # the moments of absent entries are true ones
         elif schedule.by == "rigl" and gathered is not None:
             moved = min(round(replaced * kept), core.numel() - kept)
-            stay = largest(size, kept - moved, before)
-            mask.mask.copy_(stay | largest(gathered.abs(), moved, ~stay))
+            stay = mask.choose(size, kept - moved, before)
+            mask.mask.copy_(stay | mask.choose(gathered.abs(), moved, ~stay))
             core[mask.mask & ~before] = 0.0
         else:
-            mask.mask.copy_(largest(size, kept, before))
+            mask.mask.copy_(mask.choose(size, kept, before))
         changed = mask.mask != before
         for moment in self.optimizer.state.get(core, {}).values():
             if isinstance(moment, Tensor) and moment.shape == core.shape:
