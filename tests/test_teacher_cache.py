@@ -116,7 +116,6 @@ def test_data_that_change_at_random_are_noticed(tmp_path, teacher, x, caplog):
     moved[:7] += torch.rand(7, 64)
     assert torch.equal(cache.outputs(batch_of(moved), run), run(batch_of(moved)))
     assert "of 12 examples of epoch 2 the cache holds 5: the data are changed" in caplog.text
-    )
     assert not list(tmp_path.rglob("*.pt"))
     calls = run.calls
     cache.outputs(batch_of(moved), run)

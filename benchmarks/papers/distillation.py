@@ -45,7 +45,7 @@ TEACHER = Plan("teacher", 1200, 0.4, 2, taut.Recover(epochs=60, learning_rate=1e
 ALONE = Plan("alone", 800, 0.0, 0, taut.Recover(epochs=20, learning_rate=1e-3, distill=0.0))
 DISTILLED = Plan(
     "distilled", 800, 0.0, 0,
-    taut.Recover(epochs=40, learning_rate=1e-3, distill=0.9, temperature=20.0),
+    taut.Recover(epochs=30, learning_rate=1e-3, distill=0.9, temperature=20.0),
 )  # fmt: skip
 
 
