@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,8 +76,15 @@ class Jittered:
 
 
 def measure(options: argparse.Namespace) -> list[Figure]:
+    if options.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            return figures(options, Path(folder))
+    return figures(options, ROOT / "runs" / f"distillation-{options.seed}")
+
+
+def figures(options: argparse.Namespace, folder: Path) -> list[Figure]:
+    """The paper's three nets, trained or read from the folder, and what became of the gap."""
     digits = mnist()
-    folder = ROOT / "runs" / f"distillation-{'quick' if options.quick else options.seed}"
     teacher, first = trained(TEACHER, digits, folder, options)
     _, alone = trained(ALONE, digits, folder, options)
     _, distilled = trained(DISTILLED, digits, folder, options, teacher)
@@ -112,7 +120,7 @@ def trained(
     weights = b"" if teacher is None else teacher[1].weight.detach().numpy().tobytes()
     asked = xxhash.xxh3_64_hexdigest(f"{plan} {recover}".encode() + weights)
     kept = folder / f"{plan.name}-{asked}.pt"
-    if kept.is_file() and not options.quick:
+    if kept.is_file():
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
         settings = [Training(average=1)]  # the last epoch counts, whatever its score
