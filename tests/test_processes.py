@@ -112,17 +112,8 @@ def test_a_whole_run_leaves_one_folder(tmp_path):
 def test_the_command_line_speaks_once(tmp_path, task_file):
     recipe = "prune_weights(sparsity=0.8, scope='layer') > recover(epochs=1)"
     folder = tmp_path / "run"
-    printed = together_run(
-        "-m",
-        "taut.cli",
-        "compress",
-        task_file,
-        "--recipe",
-        recipe,
-        "--run-folder",
-        folder,
-        "--json",
-    )
+    options = ["--recipe", recipe, "--run-folder", folder, "--json"]
+    printed = together_run("-m", "taut.cli", "compress", task_file, *options)
     found = json.loads(printed)
     assert found["measurement"]["size_bytes"] == (folder / "net.taut").stat().st_size
     assert (folder / "report.html").is_file()
