@@ -344,6 +344,41 @@ def test_outputs_that_are_no_tensor_are_refused(trained):
         teachers_of(net, [clone(net)], task)
 
 
+def test_networks_may_give_more_than_their_outputs(tmp_path, trained, task):
+    def run(self, x):
+        return self.inner(x), x
+
+    def first(function):
+        return lambda output, target: function(output[0], target)
+
+    pair = digits_task(loss=first(F.cross_entropy), score=_Accuracy())
+    net, teacher = Net(run, inner=small_net()), Net(run, inner=trained)
+    settings = [Distillation(loss="kl", cache="kept")]
+    for _ in range(2):
+        recover(net, pair, Recover(epochs=1, distill=1.0), teacher=teacher, settings=settings,
+                folder=tmp_path)  # fmt: skip
+    batch = next(task.batches("test"))
+    got = loss_by(teachers_of(net, [teacher], pair, 1.0, loss="kl"), net, batch, pair)
+    inner = loss_by(teachers_of(net.inner, [trained], task, 1.0), net.inner, batch, task)
+    assert number(got) == pytest.approx(number(inner), rel=1e-5)
+
+
+class _Accuracy:
+    """A metric of networks that give pairs."""
+
+    higher_is_better = True
+
+    def reset(self):
+        self.right = self.seen = 0
+
+    def update(self, output, target):
+        self.right += int((output[0].argmax(1) == target).sum())
+        self.seen += len(target)
+
+    def compute(self):
+        return self.right / self.seen
+
+
 def test_options_that_contradict_each_other_are_refused(trained, task):
     with pytest.raises(RecipeError, match="cache keeps the teacher's outputs, but features need"):
         Distillation(cache="x", features="auto")

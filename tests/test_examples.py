@@ -133,6 +133,19 @@ def test_han2015_passes_quickly(tmp_path):
     assert "schedule(end=1.0, rewind='rate'): 1× " in printed
 
 
+@pytest.mark.usefixtures("digits")
+def test_the_distillation_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    printed = run("benchmarks/papers/distillation.py", "--quick", "--json", str(record))
+    figures = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
+    teacher, alone, distilled, gap = figures.values()
+    assert 0 < distilled < 250  # of 500
+    assert gap == pytest.approx(100 * (alone - distilled) / max(alone - teacher, 1))
+    assert [line.split(":")[0] for line in printed.splitlines() if "epoch 1" in line] == [
+        "teacher", "alone", "distilled",
+    ]  # fmt: skip
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")

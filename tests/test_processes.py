@@ -16,17 +16,22 @@ from taut import processes
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def launched(folder, what):
-    """What two processes found."""
-    script = str(Path(__file__).parent / "together.py")
+def together_run(*command):
+    """Run it in two processes; returns what they printed."""
     done = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, script, str(folder), what],
+        [sys.executable, "-m", *TORCHRUN, *map(str, command)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def launched(folder, what):
+    """What two processes of together.py found."""
+    together_run(Path(__file__).parent / "together.py", folder, what)
     return torch.load(folder / f"{what}.pt", weights_only=True)
 
 
@@ -102,3 +107,13 @@ def test_a_whole_run_leaves_one_folder(tmp_path):
     log = (folder / "log.txt").read_text()
     assert log.count("trial 1:") == 1
     assert log.count("measuring the original") == 1
+
+
+def test_the_command_line_speaks_once(tmp_path, task_file):
+    recipe = "prune_weights(sparsity=0.8, scope='layer') > recover(epochs=1)"
+    folder = tmp_path / "run"
+    options = ["--recipe", recipe, "--run-folder", folder, "--json"]
+    printed = together_run("-m", "taut.cli", "compress", task_file, *options)
+    found = json.loads(printed)
+    assert found["measurement"]["size_bytes"] == (folder / "net.taut").stat().st_size
+    assert (folder / "report.html").is_file()

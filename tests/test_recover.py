@@ -144,6 +144,36 @@ def test_a_loss_that_is_nan_stops_and_names_the_step(trained):
     assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
+def test_nan_names_the_site_and_leaves_the_best_weights(trained, task):
+    net = pruned(trained, task)
+    traced = taut.trace(trained, task.example())
+    kept = []
+
+    class Poisoned:
+        """The training data, with NaN in the third epoch."""
+
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for x, y in task._data["train"]:
+                yield (x * float("nan") if self.passes == 3 else x), y
+
+    poisoned = digits_task(train=Poisoned(), validation=task._data["validation"])
+    options = Recover(epochs=3, distill=0.0)
+    Poisoned.passes = -1  # one pass counts the batches
+    message = r"nan in epoch 3, batch 1, .* not finite is that of '5.weight'"
+    with pytest.raises(TrainingError, match=message):
+        recover(
+            net, poisoned, options, trace=traced,
+            on_epoch=lambda record, state: kept.append(copy.deepcopy(state)),
+        )  # fmt: skip
+    assert len(kept) == 2
+    best = kept[-1]["best"]
+    assert all(torch.equal(v, best[k]) for k, v in net.state_dict().items())
+    assert task.evaluate(net, "validation") == max(r["score"] for r in kept[-1]["history"])
+
+
 def test_zero_epochs_change_nothing(trained, task):
     net = clone(trained)
     assert recover(net, task, Recover(epochs=0)) == []

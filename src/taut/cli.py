@@ -24,6 +24,7 @@ from taut.goal import is_goal
 from taut.measure import measure
 from taut.modules import clone
 from taut.pack import FileSummary, inspect, load
+from taut.processes import is_main, once
 from taut.recipe import describe_range
 from taut.report import write_report
 from taut.task import Task, load_task
@@ -85,23 +86,24 @@ def compress_command(
 ) -> None:
     """Compress a network by --recipe, or to a --goal. Started again, it goes on where it was.
 
-    Exit code 3 means that the run went well but a bound of the goal does not hold.
+    Exit code 3 means that the run went well but a bound of the goal does not hold. Several
+    processes train together by `torchrun --nproc-per-node 2 --no-python taut compress ...`.
     """
     wanted = _wanted(recipe, goal)
     task, model = _load(task_file)
     try:
-        with _progress(quiet=as_json, split=task.chooses_by) as watch:
+        with _progress(quiet=as_json or not is_main(), split=task.chooses_by) as watch:
             result = compress(
                 model, task, wanted, folder=run_folder, seed=seed, precision=precision,
                 epochs=epochs, trials=trials, fresh=fresh, watch=watch,
             )  # fmt: skip
-            report = write_report(result, model)
+            report = once(lambda: write_report(result, model))
     except KeyboardInterrupt as stop:
         err.print("stopped; the same command goes on from here (without --fresh)")
         raise typer.Exit(130) from stop
-    if as_json:
+    if as_json and is_main():
         _print_json(_result_json(result, report))
-    else:
+    elif is_main():
         _print_result(result, report)
     if not result.met:
         raise typer.Exit(EXIT_NOT_MET)

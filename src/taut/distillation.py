@@ -13,6 +13,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,24 +120,26 @@ class Teachers(nn.Module):
 
     def forward(self, loss: Tensor, output: Any, batch: Batch) -> Tensor:
         """The whole loss of a batch, given the task's and the network's outputs."""
-        parts = []
+        total: Tensor | float = 0.0
         for i in range(len(self.networks)):
-            wanted = self._outputs(i, batch)
-            part = self.share * self._between(output, wanted, batch) if self.share else 0.0
-            parts.append(part + self._features(i, batch))
-        return (1 - self.share) * loss + sum(parts[1:], parts[0]) / len(parts)
+            if self.caches:
+                wanted = self.caches[i].outputs(batch, partial(self._logits_of, i))
+            else:
+                wanted = self._run(i, batch)
+            if self.share:
+                total = total + self.share * self._between(output, _logits(wanted), batch)
+            total = total + self._features(i, batch)
+        return (1 - self.share) * loss + total / len(self.networks)
 
-    def _outputs(self, i: int, batch: Batch) -> Any:
-        def compute(given: Batch) -> Any:
-            with torch.no_grad(), plain_attention(), self.autocast():
-                return convert_to_fp32(self.networks[i](*given.args, **given.kwargs))
+    def _run(self, i: int, batch: Batch) -> Any:
+        with torch.no_grad(), plain_attention(), self.autocast():
+            return convert_to_fp32(self.networks[i](*batch.args, **batch.kwargs))
 
-        if not self.share and not self.pairs[i]:
-            return None
-        return self.caches[i].outputs(batch, compute) if self.caches else compute(batch)
+    def _logits_of(self, i: int, batch: Batch) -> Tensor:
+        return _logits(self._run(i, batch))
 
-    def _between(self, output: Any, wanted: Any, batch: Batch) -> Tensor:
-        own, theirs = _logits(output), _logits(wanted)
+    def _between(self, output: Any, theirs: Tensor, batch: Batch) -> Tensor:
+        own = _logits(output)
         kind = self.options.loss
         if kind == "auto":
             kind = "kl" if self.task.is_classification else "mse"

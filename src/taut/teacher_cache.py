@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[bytes, Tensor]:
             raise ValueError(f"keys of shape {list(keys.shape)} for {list(outputs.shape)}")
     except Exception as error:  # whatever a damaged file makes of itself
         raise RunError(
-            f"cannot read the cached outputs in {path}: {error}; remove that file"
+            f"cannot read the cached outputs in {path} ({type(error).__name__}); remove that file"
         ) from error
     return dict(zip(map(bytes, keys.numpy()), outputs.unbind(), strict=True))
 
