@@ -24,8 +24,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
     {"errors", "types"},
-    {"files", "coding", "kernels", "modules", "zoo"},
-    {"data", "trace", "statistics"},
+    {"files", "coding", "kernels", "modules", "zoo", "products", "pattern"},
+    {"data", "trace", "statistics", "second_order"},
+    {"importance"},
     {"technique"},
     {"recoding"},
     {"layers", "sparse_weight", "indexed_weight"},

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from taut.errors import RecipeError
-from taut.mask import Mask, largest
+from taut.mask import Mask
+from taut.pattern import largest
 from taut.recipe import Recipe
 from taut.recoding import Chain, chains_of
 from taut.technique import Setting, option, register_step
