@@ -14,9 +14,7 @@ class TestPruneWeights(RecodingContract):
         PruneWeights(sparsity=0.8, scope="global"),
         PruneWeights(quality=1.0),
         PruneWeights(sparsity=0.8, scope="layer", criterion="obs"),
-        PruneWeights(sparsity=0.8, scope="global", criterion="fisher"),
         PruneWeights(criterion="obs", pattern="2:4"),
-        PruneWeights(criterion="wanda", pattern="4:16"),
     )
 
 

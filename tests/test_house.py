@@ -37,7 +37,7 @@ FLOORS = (
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},
-    {"report_data", "doctor"},
+    {"report_data", "doctor", "sensitivity"},
     {"report"},
     {"cli"},
 )

@@ -106,16 +106,8 @@ def test_a_convolution_meets_its_windows(kind):
 
 
 def _options(layer):
-    names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-    )
-    options = {n: getattr(layer, n) for n in (*names, "padding_mode")}
+    names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
+    options = {n: getattr(layer, n) for n in names.split()}
     if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
         options["output_padding"] = layer.output_padding
     return options

@@ -61,7 +61,7 @@ class Pattern:
         scores = scores.masked_fill(~among, -math.inf)
         flat = scores.reshape(scores.shape[0] if scores.dim() > 1 else 1, -1)
         padded = F.pad(flat, (0, -flat.shape[1] % self.of), value=-math.inf)
-        groups = padded.unflatten(1, (-1, self.of))
+        groups = torch.unflatten(padded, 1, (-1, self.of))
         best = groups.topk(self.keep).indices
         chosen = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, best, True)
         return chosen.flatten(1)[:, : flat.shape[1]].reshape(scores.shape) & among

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,15 +53,16 @@ def products(run: Callable[[], object], weight: Tensor, diagonal: bool = False) 
     only the moments' diagonals.
     """
     watch = _Watch(weight, diagonal)
-    fused, kernels = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    one_dnn = cast(Any, torch.backends.mkldnn)
+    fused, kernels = torch.backends.mha.get_fastpath_enabled(), one_dnn.enabled
     try:  # these hide the products inside one operation
         torch.backends.mha.set_fastpath_enabled(False)
-        torch.backends.mkldnn.enabled = False
+        one_dnn.enabled = False
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), watch:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        torch.backends.mkldnn.enabled = kernels
+        one_dnn.enabled = kernels
     return watch.found()
 
 
@@ -71,11 +72,11 @@ _COPIES = {"clone", "_to_copy"}
 _LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only"}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees each operation; knows by their storage which tensors are the weight, or parts of it."""
 
     def __init__(self, weight: Tensor, diagonal: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.diagonal = diagonal
         self.numel = weight.numel()
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # kept, so that no address is used again
@@ -165,13 +166,13 @@ class _Watch(TorchDispatchMode):
             ]
             x = _spread(x, stride)
             stride = [1] * len(size)
-            places = places.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            places = torch.unflatten(places, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
             places = places.flip(tuple(range(2, places.dim())))
         x = F.pad(x, [p for pair in reversed(around) for p in pair])
         matrices = places.reshape(groups, -1, math.prod(places.shape[1:]))
         few = max(1, _MOST_NUMBERS // max(1, x[0].numel() * math.prod(size)))
-        for part in x.split(few):
-            windows = _windows(part, size, stride, dilation).unflatten(1, (groups, -1))
+        for part in torch.split(x, few):
+            windows = torch.unflatten(_windows(part, size, stride, dilation), 1, (groups, -1))
             spots = range(3, 3 + len(size))  # [n, groups, channels, *spots, *size]
             rows = windows.permute(1, 0, *spots, 2, *(s + len(size) for s in spots))
             for group, (matrix, inputs) in enumerate(zip(matrices, rows, strict=True)):
@@ -183,7 +184,7 @@ class _Watch(TorchDispatchMode):
         """Add inputs x [n, in], or the counts of one-hot ones [in], to those of a matrix."""
         if key not in self.blocks:
             width = index.shape[1] if self.diagonal or counts is not None else WIDEST
-            parts = index.clone().split(width, 1)
+            parts = torch.split(index.clone(), width, 1)
             self.blocks[key] = [self._empty(part, counts is None) for part in parts]
         at = 0
         for product in self.blocks[key]:
@@ -219,7 +220,8 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     """x [n, channels, *spots] with stride - 1 zeros between its numbers."""
     far = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *far)
-    spread[(..., *(slice(None, None, s) for s in stride))] = x
+    at: Any = (..., *(slice(None, None, s) for s in stride))
+    spread[at] = x
     return spread
 
 

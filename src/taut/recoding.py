@@ -195,9 +195,9 @@ class Plain(PackedWeight):
     def of(cls, values: Tensor, precision: str = "auto") -> Plain:
         """Floats rounded to `precision`: a name in PRECISIONS, or `auto`.
 
-        auto is float16 where the root mean square of its rounding is at most 2**-10 of the tensor's
-        own, else float32. Integers are kept as they are. Raises FormatError for complex numbers and for
-        numbers too large for the precision.
+        auto is float16 where the root mean square of its rounding is at most 2**-10 of the
+        tensor's own, else float32. Integers are kept as they are. Raises FormatError for complex
+        numbers and for numbers too large for the precision.
         """
         if values.is_complex():
             raise FormatError(

@@ -59,23 +59,31 @@ def refit(hessian: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     weights: [rows, n] float64; mask: the same shape, bool; hessian: [n, n] for all rows or
     [rows, n, n], positive definite.
     """
+    fitted, counts = torch.zeros_like(weights), mask.sum(1)
+    rows = counts.argsort(descending=True)  # so that those solved together are of like size
+    while len(rows):
+        some = rows[: max(1, _MOST_NUMBERS // max(1, int(counts[rows[0]])) ** 2)]
+        own = hessian[some] if hessian.dim() == 3 else hessian
+        fitted[some] = _solve(own, weights[some], mask[some])
+        rows = rows[len(some) :]
+    return fitted
+
+
+def _solve(hessian: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     wide = max(1, int(mask.sum(1).max()))
-    few = max(1, _MOST_NUMBERS // (wide * wide))
-    if len(weights) > few:
-        each = hessian.split(few) if hessian.dim() == 3 else [hessian] * -(-len(weights) // few)
-        pairs = zip(each, weights.split(few), mask.split(few), strict=True)
-        return torch.cat([refit(*some) for some in pairs])
     order = mask.long().argsort(dim=1, descending=True, stable=True)[:, :wide]
     stays = mask.gather(1, order)
-    rows = torch.arange(len(weights))[:, None, None] if hessian.dim() == 3 else None
-    at = (order[:, :, None], order[:, None, :])
-    square = hessian[at] if rows is None else hessian[rows, *at]
-    square = torch.where(stays[:, :, None] & stays[:, None, :], square, torch.eye(wide).double())
-    pull = (hessian @ weights[..., None]).squeeze(-1) if rows is not None else weights @ hessian
-    solved = torch.cholesky_solve(
-        (pull.gather(1, order) * stays)[..., None], torch.linalg.cholesky(square)
-    )
-    return torch.zeros_like(weights).scatter(1, order, solved.squeeze(-1) * stays)
+    left, right = order[:, :, None], order[:, None, :]
+    if hessian.dim() == 2:
+        square, pull = hessian[left, right], weights @ hessian
+    else:
+        each = torch.arange(len(weights))[:, None, None]
+        square, pull = hessian[each, left, right], (hessian @ weights[..., None]).squeeze(-1)
+    one = torch.eye(wide, dtype=square.dtype)
+    square = torch.where(stays[:, :, None] & stays[:, None, :], square, one)
+    pull = pull.gather(1, order) * stays
+    solved = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(square)).squeeze(-1)
+    return torch.zeros_like(weights).scatter(1, order, solved * stays)
 
 
 # ---- OBS ------------------------------------------------------------------------------------

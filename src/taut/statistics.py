@@ -1,5 +1,7 @@
-"""What calibration data tell about each site: how much the loss grows as it is pruned, what its
-weight is multiplied with, and the gradients of the loss.
+"""What calibration data tell about each site: its sensitivity, inputs and gradients.
+
+How much the loss grows as it is pruned, what its weight is multiplied with (products.py), and the
+loss's gradients, example by example.
 """
 
 from __future__ import annotations
@@ -237,7 +239,7 @@ class Statistics:
             for name, gradients in zip(names, zip(*some, strict=True), strict=True):
                 flat = torch.stack([g.flatten() for g in gradients], 1)  # [weights, examples]
                 flat = F.pad(flat, (0, 0, 0, -len(flat) % width))
-                pieces = flat.unflatten(0, (-1, width))
+                pieces = flat.reshape(-1, width, len(some))
                 sums[name].baddbmm_(pieces, pieces.mT)
         return {n: s.cpu() / count for n, s in sums.items()}
 

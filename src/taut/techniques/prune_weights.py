@@ -116,7 +116,7 @@ class PruneWeights(Recoding):
                 scores = {n: _lamp(s) for n, s in scores.items()}
             every = torch.cat(list(scores.values()))
             stays = largest(every, round((1 - self.sparsity) * every.numel()))
-            parts = stays.split([s.numel() for s in scores.values()])
+            parts = torch.split(stays, [s.numel() for s in scores.values()])
             sparsity = {n: 1 - float(p.double().mean()) for n, p in zip(scores, parts, strict=True)}
         highest = 1 - self.floor
         return {
@@ -153,7 +153,9 @@ class PruneWeights(Recoding):
             kept = Pattern.parse(self.pattern).kept(site.shape)
         p = kept / count
         entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
-        return count * entropy / 8 + (_plain_bytes(kept, p) if inner is None else inner(kept))
+        by_size = self.criterion == "magnitude" and not self.pattern  # the others keep small ones
+        values = _plain_bytes(kept, p if by_size else max(p, 0.6)) if inner is None else inner(kept)
+        return count * entropy / 8 + values
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
         if shape != site.shape:
@@ -188,7 +190,7 @@ class PruneWeights(Recoding):
 
 
 def _plain_bytes(kept: int, fraction: float) -> float:
-    """Coded bytes of float16 values of which only the largest magnitudes were kept.
+    """Coded bytes of float16 values, the largest fraction of all magnitudes.
 
     The low byte is noise. The high one holds sign, exponent and two digits: the fewer are kept,
     the closer together their magnitudes lie.
