@@ -1,8 +1,10 @@
 """The command line: what it prints, its exit codes, its refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import taut.cli
@@ -71,6 +73,34 @@ def test_inspect_accounts_for_every_byte(compressed):
     text = run("inspect", folder / "net.taut").output
     assert "values.index" in text
     assert "Huffman" in text
+
+
+def test_inspect_shows_what_a_network_can_lose(task_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(taut.cli.out, "width", 100)
+    torch.manual_seed(0)
+    text = run("inspect", task_file, "--sensitivity").output
+    assert [line.split()[1:4:2] for line in text.splitlines() if ".weight" in line] == [
+        ["0.weight", "3,072"], ["3.weight", "1,536"], ["5.weight", "320"],
+    ]  # fmt: skip
+    assert "plot  sensitivity.html" in text
+    page = Path("sensitivity.html").read_text("utf-8")
+    assert "0.weight (3,072)" in page
+    torch.manual_seed(0)
+    found = json.loads(run("inspect", "--sensitivity", task_file, "--json").stdout)
+    assert len(found["losses"]["3.weight"]) == len(found["sparsities"]) == 13
+    assert found["losses"]["0.weight"][-1] > found["baseline"]
+    assert f"{found['losses']['0.weight'][6]:.4g}" in text
+
+
+def test_inspect_tells_its_two_kinds_of_file_apart(task_file, tmp_path):
+    for arguments, message in (
+        ([task_file], "is no .taut file; what its network can lose is shown by --sensitivity"),
+        ([tmp_path / "net.taut", "--sensitivity"], "--sensitivity takes a task's Python file, got"),
+    ):
+        done = run("inspect", *arguments)
+        assert done.exit_code == 2
+        assert message in " ".join(done.output.replace("│", " ").split())
 
 
 def test_techniques_lists_every_option_with_its_range(monkeypatch):

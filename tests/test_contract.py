@@ -13,6 +13,8 @@ class TestPruneWeights(RecodingContract):
         PruneWeights(sparsity=0.9),
         PruneWeights(sparsity=0.8, scope="global"),
         PruneWeights(quality=1.0),
+        PruneWeights(sparsity=0.8, scope="layer", criterion="obs"),
+        PruneWeights(criterion="obs", pattern="2:4"),
     )
 
 

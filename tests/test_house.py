@@ -24,8 +24,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
     {"errors", "types"},
-    {"files", "coding", "kernels", "modules", "processes", "zoo", "distances", "watched"},
-    {"data", "trace", "statistics"},
+    {
+        "files",
+        "coding",
+        "kernels",
+        "modules",
+        "processes",
+        "zoo",
+        "distances",
+        "watched",
+        "products",
+        "pattern",
+    },
+    {"data", "trace", "statistics", "second_order"},
+    {"importance"},
     {"technique"},
     {"recoding", "keep_search"},
     {"layers", "sparse_weight", "indexed_weight"},
@@ -38,7 +50,7 @@ FLOORS = (
     {"recover", "measure", "pack"},
     {"plan", "testing"},
     {"compress"},
-    {"report_data", "doctor"},
+    {"report_data", "doctor", "sensitivity"},
     {"report"},
     {"cli"},
 )

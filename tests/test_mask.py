@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from taut.mask import Mask, largest
+from taut.mask import Mask
 from taut.modules import clone
+from taut.pattern import largest
 from taut.recoding import Plain
 from taut.sparse_weight import SparseWeight
 

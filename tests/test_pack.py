@@ -403,14 +403,14 @@ def test_auto_keeps_float32_where_float16_would_hurt(tmp_path: Path) -> None:
         "small": torch.tensor([1e-9, 2e-9]),
         "wide": torch.tensor([1000.0 + 1 / 3, 1e-3]),
     }
-    halfway = (
-        1 + 2.0**-11
-    )  # float16 errs by 2**-11 here; the bound is 2**-10 of the root mean square
-    tensors["third"] = torch.tensor([halfway, 0, 0])
-    tensors["fifth"] = torch.tensor([halfway, 0, 0, 0, 0])
+    # float16 holds multiples of 2**-24 here: an error of 0.5 in 512.5 is less than 2**-10
+    tensors["just fine"] = torch.tensor([512.5 * 2.0**-24, 0, 0])
+    tensors["too coarse"] = torch.tensor([511.5 * 2.0**-24, 0, 0])
+    tensors["one far out"] = torch.cat([torch.randn(50), torch.tensor([30.0 + 1 / 3])])
     got = through(tmp_path, **tensors)
-    assert torch.equal(got["third"], torch.tensor([1.0, 0, 0]))
-    assert torch.equal(got["fifth"], tensors["fifth"])
+    assert torch.equal(got["just fine"], rounded(tensors["just fine"]))
+    assert torch.equal(got["too coarse"], tensors["too coarse"])
+    assert torch.equal(got["one far out"], rounded(tensors["one far out"]))
     assert torch.equal(got["even"], rounded(tensors["even"]))
     assert not torch.equal(got["even"], tensors["even"])
     assert torch.equal(got["wide"], rounded(tensors["wide"]))

@@ -24,7 +24,6 @@ from taut.data import Batches, images, mnist
 from taut.zoo import LeNet5, LeNet300
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import harness
 from harness import Figure, run
 
 

@@ -103,7 +103,8 @@ RECORDS = (
     Record(
         "LeNet-5, smallest", lambda: LeNet5(dropout=0.3),
         functools.partial(picture_task, mnist), LENET5,
-        CODED.format(60, 2e-3) + "bytes_weight=1.1e-4)", 750, 1.0, " %", "606× at 1.0 %, 1110× at 0.96 %",
+        CODED.format(60, 2e-3) + "bytes_weight=1.1e-4)", 750, 1.0, " %",
+        "606× at 1.0 %, 1110× at 0.96 %",
     ),
     Record(
         "LeNet-5, best", lambda: LeNet5(dropout=0.3),

@@ -27,6 +27,7 @@ from taut.pack import FileSummary, inspect, load
 from taut.processes import is_main, once
 from taut.recipe import describe_range
 from taut.report import write_report
+from taut.sensitivity import Sensitivity, sensitivity, write_plot
 from taut.task import Task, load_task
 from taut.technique import STEPS, techniques
 from taut.trace import trace
@@ -42,7 +43,6 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 
 TaskFile = Annotated[Path, typer.Argument(help="a Python file with model(), train() and test()")]
-TautFile = Annotated[Path, typer.Argument(help="a .taut file")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
 EXIT_NOT_MET = 3  # the run went well, but a bound of the goal does not hold
@@ -146,9 +146,28 @@ def measure_command(
 
 
 @app.command("inspect")
-def inspect_command(taut_file: TautFile, as_json: AsJson = False) -> None:
-    """Show what a .taut file holds: bytes by tensor and part, bits a weight, Huffman's bytes."""
-    summary = inspect(taut_file)
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="a .taut file; with --sensitivity a task's file")],
+    by_sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="how the loss grows as each weight is pruned")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a .taut file holds: bytes by tensor and part, bits a weight, Huffman's bytes.
+
+    With --sensitivity, what a task's network can lose: each weight alone is pruned by magnitude to
+    rising sparsities. The table shows the loss; sensitivity.html in the current folder plots it.
+    """
+    if by_sensitivity != (file.suffix == ".py"):
+        raise typer.BadParameter(
+            f"--sensitivity takes a task's Python file, got {file}"
+            if by_sensitivity
+            else f"{file} is no .taut file; what its network can lose is shown by --sensitivity"
+        )
+    if by_sensitivity:
+        _inspect_task(file, as_json)
+        return
+    summary = inspect(file)
     if as_json:
         tensors = [
             {
@@ -163,6 +182,17 @@ def inspect_command(taut_file: TautFile, as_json: AsJson = False) -> None:
         })  # fmt: skip
     else:
         out.print(_inspection(summary))
+
+
+def _inspect_task(task_file: Path, as_json: bool) -> None:
+    task, model = _load(task_file)
+    found = sensitivity(model, task)
+    plot = write_plot(found, "sensitivity.html")
+    if as_json:
+        _print_json({**found.to_json(), "plot": str(plot)})
+    else:
+        out.print(_sensitivities(found))
+        out.print(f"plot  {plot}", highlight=False, soft_wrap=True)
 
 
 @app.command("techniques")
@@ -317,6 +347,21 @@ def _inspection(summary: FileSummary) -> Table:
                 f"    {name}", f"{part.count:,}", f"{part.bits / 8:,.0f}",
                 f"{part.bits / max(part.count, 1):.3f}", f"{part.huffman_bits / 8:,.0f}",
             )  # fmt: skip
+    return table
+
+
+def _sensitivities(found: Sensitivity) -> Table:
+    table = Table(
+        title=f"Loss as each weight alone is pruned by magnitude; {found.baseline:.4g} unpruned"
+    )
+    table.add_column("weight", overflow="fold")
+    table.add_column("numbers", justify="right", no_wrap=True)
+    shown = [i for i, s in enumerate(found.sparsities) if s in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)]
+    for i in shown:
+        table.add_column(f"{found.sparsities[i]:.0%}", justify="right", no_wrap=True)
+    for name, losses in found.losses.items():
+        cells = (f"{losses[i]:.4g}" for i in shown)
+        table.add_row(Text(name), f"{found.weights[name]:,}", *cells)
     return table
 
 

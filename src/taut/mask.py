@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from taut.pattern import largest
 from taut.recoding import Form, Pack, PackedWeight
 from taut.sparse_weight import SparseWeight
 
@@ -69,12 +69,3 @@ class Mask(Form):
         mask = self.mask if keep is None else self.mask[keep]
         kept = self.mask if keep is None else self.mask & keep
         return SparseWeight(mask, inner(kept))
-
-
-def largest(scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
-    """The mask of so many of the highest scores, of all entries or of those in a mask."""
-    scores = scores if among is None else scores.masked_fill(~among, -math.inf)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    chosen[scores.flatten().topk(min(count, scores.numel())).indices] = True
-    chosen = chosen.reshape(scores.shape)
-    return chosen if among is None else chosen & among

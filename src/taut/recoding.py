@@ -195,9 +195,9 @@ class Plain(PackedWeight):
     def of(cls, values: Tensor, precision: str = "auto") -> Plain:
         """Floats rounded to `precision`: a name in PRECISIONS, or `auto`.
 
-        auto is float16 where its rounding stays under 2**-10 of the tensor's own root mean square,
-        else float32. Integers are kept as they are. Raises FormatError for complex numbers and for
-        numbers too large for the precision.
+        auto is float16 where the root mean square of its rounding is at most 2**-10 of the
+        tensor's own, else float32. Integers are kept as they are. Raises FormatError for complex
+        numbers and for numbers too large for the precision.
         """
         if values.is_complex():
             raise FormatError(
@@ -207,10 +207,10 @@ class Plain(PackedWeight):
         if not values.is_floating_point():
             return cls(values.to(torch.int64))
         if precision == "auto":
-            exact = values.detach().float()
-            error = (exact.to(torch.float16).float() - exact).abs().max() if exact.numel() else 0.0
-            scale = exact.square().mean().sqrt() if exact.numel() else 0.0
-            precision = "float16" if float(error) <= 2.0**-10 * float(scale) else "float32"
+            exact = values.detach().double()
+            error = exact.to(torch.float16).double() - exact
+            fine = float(error.square().sum()) <= 2.0**-20 * float(exact.square().sum())
+            precision = "float16" if fine else "float32"
         rounded = values.to(PRECISIONS[precision])
         if not torch.equal(rounded.isinf(), values.isinf()):
             raise FormatError(

@@ -88,16 +88,19 @@ class SparseWeight(PackedWeight):
         return self.values.count_nonzero()
 
 
-def sparse_bytes(count: int, kept: int, inner: Callable[[int], float] | None = None) -> float:
+def sparse_bytes(
+    count: int, kept: int, inner: Callable[[int], float] | None = None, *, by_size: bool = True
+) -> float:
     """Predicted bytes of the file for `count` weights of which so many are kept.
 
-    inner: gives the bytes of so many values; by default they are float16 of which only the largest
-    magnitudes were kept. Their low byte is noise. The high one holds sign, exponent and two
-    digits: the fewer are kept, the closer together their magnitudes lie.
+    inner: gives the bytes of so many values; by default they are float16. by_size: whether the
+    largest magnitudes were kept. The low byte of a value is noise. The high one holds sign,
+    exponent and two digits: the fewer are kept by size, the closer together magnitudes lie.
     """
     p = kept / count
     entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
-    octaves = -math.log2(1 - p) if p < 1 else math.inf
+    spread = p if by_size else max(p, 0.6)
+    octaves = -math.log2(1 - spread) if spread < 1 else math.inf
     high_bits = 1.3 + min(4.0, math.log2(1 + 4 * octaves))
     values = kept * (1 + high_bits / 8) if inner is None else inner(kept)
     return count * entropy / 8 + values

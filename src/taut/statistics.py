@@ -1,17 +1,25 @@
-"""What calibration data tell about each site: how much the loss grows as it is pruned."""
+"""What calibration data tell about each site: its sensitivity, inputs and gradients.
+
+How much the loss grows as it is pruned, what its weight is multiplied with (products.py), and the
+loss's gradients, example by example.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
+from taut.products import Product, products
 from taut.types import Site
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
@@ -43,17 +51,38 @@ class Curve:
         return [(damage / weights, weights) for damage, weights in hull]
 
 
+class Calibration(Protocol):
+    """A network's loss on the same few examples."""
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean over the examples, in eval mode, without gradients."""
+
+    def examples(self, model: nn.Module) -> Iterator[Tensor]:
+        """The loss of each example alone, in eval mode, to be differentiated."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Of one weight, over the examples: the mean of g and of g², each of the weight's shape."""
+
+    mean: Tensor
+    squares: Tensor
+
+
 class Statistics:
     """Facts about a model's sites, gathered when they are first asked for.
 
-    model: copied, never touched. loss: gives a network's loss on the calibration data; without it
-    whatever needs data refuses.
+    model: copied, never touched. loss: on the calibration data; without it whatever needs data
+    refuses. A function of the network is enough for all but gradients.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], float] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Calibration | Callable[[nn.Module], float] | None = None
+    ) -> None:
         self._model = model
         self._loss = loss
         self._curves: dict[str, Curve] = {}
+        self._fisher: dict[str, Tensor] = {}
 
     def loss(self, model: nn.Module) -> float:
         """The loss of any network on the calibration data. Raises TaskError without data."""
@@ -94,23 +123,167 @@ class Statistics:
             each = {n: 1 - (1 - s) * kept for n, s in each.items()}
         return each
 
-    @torch.no_grad()
-    def _scan(self, site: Site) -> Curve:
+    def products(self, site: Site, diagonal: bool = False) -> list[Product]:
+        """What the site's weight is multiplied with in the model as it is now.
+
+        Gathered anew each time: what was pruned before this site changes its inputs. diagonal: no
+        correlations. Raises TaskError without data, where the data are no numbers or always the
+        same, and where nothing multiplies by the weight in a way that can be seen.
+        """
+        loss = self._needed(f"what site {site.name!r} is multiplied with")
+        probe = plain_copy(self._model)
+        found = products(lambda: loss(probe), tensor_at(probe, site.name), diagonal)
+        if not found:
+            raise TaskError(
+                f"what site {site.name!r} is multiplied with cannot be seen: the calibration data "
+                "do not reach it, or its layer computes with the weight before it multiplies by "
+                f"it; choose another criterion, like 'obd', or leave it out by only='!{site.name}'"
+            )
+        if not all(bool(p.moments.isfinite().all()) for p in found):
+            raise TaskError(
+                f"the inputs of site {site.name!r} are not all numbers; look for NaN in the "
+                "training data or in the network"
+            )
+        if site.kind != "embedding" and all(_is_constant(p) for p in found):
+            raise TaskError(
+                f"the inputs of site {site.name!r} are the same in all the calibration data, which "
+                f"tells nothing; give training data that differ, or leave it out by "
+                f"only='!{site.name}'"
+            )
+        return found
+
+    def gradients(self, site: Site) -> Gradients:
+        """Of the loss with respect to the site's weight, in the model as it was at first.
+
+        Raises TaskError without data, and where the gradients are no numbers or all zero.
+        """
+        found = self._gradients[self._name(site)]
+        if not bool((found.mean.isfinite() & found.squares.isfinite()).all()):
+            raise TaskError(
+                f"the gradient of the loss at site {site.name!r} is not a number; look for NaN in "
+                "the training data or the task's loss"
+            )
+        if not any(bool(g.squares.any()) for g in self._gradients.values()):
+            raise TaskError(
+                "the gradients of the loss on the calibration data are all zero, so they tell "
+                "nothing; choose criterion='magnitude', or look at the task's loss"
+            )
+        return found
+
+    def fisher(self, site: Site, width: int) -> Tensor:
+        """Blocks of the empirical Fisher matrix: [blocks, width, width], mean of g · gᵀ.
+
+        g: an example's gradient, flattened and cut into pieces of `width`, the last one filled up
+        with zeros. Raises TaskError as `gradients` does.
+        """
+        self.gradients(site)
+        name = self._name(site)
+        if name not in self._fisher:
+            every = sum(w.numel() for w in self._weights.values()) * width * 4
+            names = list(self._weights) if every <= _MOST_BYTES else [name]
+            self._fisher = self._blocks(names, width)
+        return self._fisher[name]
+
+    # ---- gathering ----------------------------------------------------------------------
+
+    @cached_property
+    def _probe(self) -> nn.Module:
+        """The model as it was when gradients were first asked for."""
+        return plain_copy(self._model).requires_grad_(False)
+
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        named = self._probe.named_parameters()
+        return {n: p for n, p in named if p.dim() > 1 and p.is_floating_point()}
+
+    def _name(self, site: Site) -> str:
+        """The first of a tied weight's names, as the copy has it."""
+        return next(n for n in site.names if n in self._weights)
+
+    def _each(self, names: Sequence[str]) -> Iterator[tuple[Tensor, ...]]:
+        """The gradients of these weights, example by example."""
+        loss = self._needed("the gradient of the loss")
+        if not hasattr(loss, "examples"):
+            raise TaskError(
+                "gradients need a loss that tells each example's own, got "
+                f"{type(loss).__name__}; give Statistics a task's calibration_loss()"
+            )
+        weights = [self._weights[n].requires_grad_(True) for n in names]
+        try:
+            with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+                for value in loss.examples(self._probe):
+                    if not value.requires_grad:
+                        raise TaskError(
+                            "the task's loss cannot be differentiated: it has no path of gradients "
+                            "to the weights; compute it by torch, without detach() or item()"
+                        )
+                    yield torch.autograd.grad(
+                        value, weights, allow_unused=True, materialize_grads=True
+                    )
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+
+    @cached_property
+    def _gradients(self) -> dict[str, Gradients]:
+        names, count = list(self._weights), 0
+        means = [torch.zeros_like(w) for w in self._weights.values()]
+        squares = [torch.zeros_like(w) for w in self._weights.values()]
+        for found in self._each(names):
+            count += 1
+            torch._foreach_add_(means, found)
+            torch._foreach_addcmul_(squares, found, found)
+        pairs = zip(means, squares, strict=True)
+        each = (Gradients(mean.cpu() / count, square.cpu() / count) for mean, square in pairs)
+        return dict(zip(names, each, strict=True))
+
+    def _blocks(self, names: Sequence[str], width: int) -> dict[str, Tensor]:
+        sums = {
+            n: (w := self._weights[n]).new_zeros(-(-w.numel() // width), width, width)
+            for n in names
+        }
+        count, gradients_of = 0, self._each(names)
+        while some := list(itertools.islice(gradients_of, 32)):
+            count += len(some)
+            for name, gradients in zip(names, zip(*some, strict=True), strict=True):
+                flat = torch.stack([g.flatten() for g in gradients], 1)  # [weights, examples]
+                flat = F.pad(flat, (0, 0, 0, -len(flat) % width))
+                pieces = flat.reshape(-1, width, len(some))
+                sums[name].baddbmm_(pieces, pieces.mT)
+        return {n: s.cpu() / count for n, s in sums.items()}
+
+    def _needed(self, what: str) -> Calibration | Callable[[nn.Module], float]:
         if self._loss is None:
             raise TaskError(
-                "a sensitivity scan needs a task with data, got none; without data choose "
-                "prune_weights(scope='layer') or scope='global'"
+                f"{what} needs a task with data, got none; without data choose "
+                "prune_weights(scope='layer') or scope='global', and criterion='magnitude'"
             )
+        return self._loss
+
+    @torch.no_grad()
+    def _scan(self, site: Site) -> Curve:
+        loss_of = self._needed("a sensitivity scan")
         probe = plain_copy(self._model)
         weight = tensor_at(probe, site.name)
         flat = weight.flatten()  # a copy where the weight is not contiguous
         order = flat.abs().argsort()
-        baseline, losses = self._loss(probe), []
+        baseline, losses = loss_of(probe), []
         if not math.isfinite(baseline):
             raise TaskError(f"the network's loss on the training data is {baseline}, not a number")
         for sparsity in SPARSITIES:
             flat[order[: round(sparsity * order.numel())]] = 0.0
             weight.copy_(flat.view(weight.shape))
-            loss = self._loss(probe)
+            loss = loss_of(probe)
             losses.append(loss if math.isfinite(loss) else math.inf)
         return Curve(sparsities=SPARSITIES, losses=tuple(losses), baseline=baseline)
+
+
+_MOST_BYTES = 2**30
+"""Of the Fisher blocks that are gathered in one pass over the data."""
+
+
+def _is_constant(product: Product) -> bool:
+    """Whether all inputs were the same vector (one input alone says nothing)."""
+    square = product.sums.square() / max(product.rows, 1)
+    spread = (product.squares - square).clamp(min=0.0)
+    return product.rows > 1 and bool((spread <= 1e-5 * product.squares).all())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from taut.errors import TaskError
 from taut.modules import device_of, to_device
@@ -51,6 +53,36 @@ class Batch:
             kwargs={k: to_device(v, device) for k, v in self.kwargs.items()},
             target=to_device(self.target, device),
         )
+
+    def examples(self) -> Iterator[Batch]:
+        """Its examples, as batches of one.
+
+        The first input's length is their number n. Tensors of n rows, or of a multiple of n in
+        the target, are cut; everything else belongs to all. Raises TaskError for a target that
+        does not divide so.
+        """
+        given = tree_leaves((self.args, self.kwargs))
+        n = next((len(t) for t in given if isinstance(t, Tensor) and t.dim()), 1)
+        targets = [t for t in tree_leaves(self.target) if isinstance(t, Tensor) and t.dim()]
+        odd = [t for t in targets if len(t) % n]
+        if odd:
+            raise TaskError(
+                f"gradients of single examples need a target of {n} rows, or a multiple, for an "
+                f"input of {n}, got one of shape {list(odd[0].shape)}; put the batch first"
+            )
+
+        def part(value: Any, i: int, target: bool) -> Any:
+            if not (isinstance(value, Tensor) and value.dim()):
+                return value
+            rows = len(value) // n if target else 1
+            return value[i * rows : (i + 1) * rows] if target or len(value) == n else value
+
+        for i in range(n):
+            yield Batch(
+                args=tree_map(lambda v: part(v, i, False), self.args),  # noqa: B023
+                kwargs=tree_map(lambda v: part(v, i, False), self.kwargs),  # noqa: B023
+                target=tree_map(lambda v: part(v, i, True), self.target),  # noqa: B023
+            )
 
 
 class Task:
@@ -199,8 +231,8 @@ class Task:
             raise TaskError(f"loss must return a tensor of one number, got {_word(loss)}")
         return loss
 
-    def calibration_loss(self, examples: int = 1024) -> Callable[[nn.Module], float]:
-        """A function that gives a network's mean loss on the same few training batches.
+    def calibration_loss(self, examples: int = 1024) -> CalibrationLoss:
+        """The loss on the same few training batches.
 
         examples: how many are read at least, in whole batches.
         """
@@ -209,25 +241,43 @@ class Task:
             kept.append(batch)
             if sum(b.size for b in kept) >= examples:
                 break
+        return CalibrationLoss(self, kept)
 
-        @torch.no_grad()
-        def loss(model: nn.Module) -> float:
-            device, was_training, total = device_of(model), model.training, 0.0
-            model.eval()
-            try:
-                for batch in kept:
-                    output = model(
-                        *(to_device(a, device) for a in batch.args),
-                        **{k: to_device(v, device) for k, v in batch.kwargs.items()},
-                    )
-                    total += (
-                        float(self.loss_of(output, to_device(batch.target, device))) * batch.size
-                    )
-            finally:
-                model.train(was_training)
-            return total / sum(b.size for b in kept)
 
-        return loss
+class CalibrationLoss:
+    """A task's loss on the batches that it keeps, in eval mode; the network's mode is put back."""
+
+    def __init__(self, task: Task, batches: Sequence[Batch]) -> None:
+        self.task, self.batches = task, batches
+
+    def __call__(self, model: nn.Module) -> float:
+        """The mean over the examples."""
+        total = 0.0
+        with torch.no_grad(), _evaluating(model):
+            for batch in self.batches:
+                total += float(self._loss(model, batch)) * batch.size
+        return total / sum(b.size for b in self.batches)
+
+    def examples(self, model: nn.Module) -> Iterator[Tensor]:
+        """The loss of each example alone, to be differentiated."""
+        with _evaluating(model):
+            for batch in self.batches:
+                for one in batch.examples():
+                    yield self._loss(model, one)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        batch = batch.to(device_of(model))
+        return self.task.loss_of(model(*batch.args, **batch.kwargs), batch.target)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def load_task(path: str | Path) -> Task:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,9 +124,9 @@ class RecodingContract:
         return model, example, traced, name
 
     def test_planning_leaves_the_model_untouched(self, technique: Recoding, kind: str) -> None:
-        model, _, traced, _ = _sample(kind)
+        model, example, traced, _ = _sample(kind)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        statistics = Statistics(model, lambda m: 0.0)
+        statistics = Statistics(model, _Loss(example))
         for site in technique.sites(traced):
             local = technique.localise(model, technique.sites(traced), statistics)[site.name]
             assert local.predict(site).size_bytes > 0
@@ -275,13 +275,28 @@ class RecodingContract:
 
 
 def _apply(technique: Recoding, model: nn.Module, traced: Trace) -> dict[str, Any]:
-    statistics = Statistics(model, _spread)
+    statistics = Statistics(model, _Loss(traced.example[0]))
     local = technique.localise(model, technique.sites(traced), statistics)
     for site in technique.sites(traced):
         local[site.name].apply(model, site, statistics)
     return local
 
 
-def _spread(model: nn.Module) -> float:
-    """A stand-in for a loss: it grows as weights vanish."""
-    return -float(sum(p.detach().square().sum() for p in model.parameters()))
+class _Loss:
+    """A stand-in for a task's: it grows as the outputs on the sample's input vanish."""
+
+    def __init__(self, example: tuple[Any, ...]) -> None:
+        self.example = example
+
+    def __call__(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(self._of(model, self.example[0]))
+
+    def examples(self, model: nn.Module) -> Iterator[Tensor]:
+        for one in self.example[0].split(1):
+            yield self._of(model, one)
+
+    @staticmethod
+    def _of(model: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = model(x)
+        return -out.square().mean()

@@ -1,16 +1,18 @@
-"""Magnitude pruning: the smallest weights are removed, the others are kept and trained on.
+"""Pruning: the weights that matter least are removed, the others are kept and trained on.
 
-    W'[i, j] = W[i, j] · mask[i, j],    mask[i, j] = |W[i, j]| among the site's largest
+    W'[i, j] = W[i, j] · mask[i, j],    mask[i, j] = score[i, j] among the site's largest
 
-How many each site keeps follows from a fraction (of each layer, of all layers together, or shared
-out by sensitivity), from one threshold, or from Han's rule, threshold = quality · std(W).
+The score is the criterion's (importance.py): magnitude, or what gradients or inputs on the training
+data tell. How many each site keeps follows from a fraction (of each layer, of all layers together,
+or shared out by sensitivity), from one threshold, from Han's rule, threshold = quality · std(W), or
+from a pattern like 2:4 (two of every four weights in a row stay).
 
 Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks
 (NIPS 2015). Where we differ: the sensitivity rule finds the layers' strengths by itself, as those
-that do the least summed damage before recovery; by default no scan is needed and layers are
-balanced by LAMP scores, w² / Σ of the layer's squares that are no smaller (Lee et al., ICLR 2021),
-which never empty a layer; positions are coded as a bitmap under a learned model of rows and
-columns instead of gaps of fixed width.
+that do the least summed damage before recovery; LAMP scores, score / Σ of the layer's scores that
+are no smaller (Lee et al., ICLR 2021), balance the layers without a scan and never empty one;
+positions are coded as a bitmap under a learned model of rows and columns instead of gaps of fixed
+width.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from torch import Tensor, nn
 
 from taut.dead_units import drop_dead_units
 from taut.errors import RecipeError
+from taut.importance import CRITERIA, choose
 from taut.keep_search import SEARCHES, Problem
-from taut.mask import Mask, largest
+from taut.mask import Mask
 from taut.modules import tensor_at
+from taut.pattern import Pattern, largest
 from taut.recoding import Form, Recoding, chain
 from taut.sparse_weight import sparse_bytes
 from taut.statistics import Statistics
@@ -41,37 +45,64 @@ _log = logging.getLogger("taut")
 @register_step
 @dataclass(frozen=True, kw_only=True)
 class PruneWeights(Recoding):
-    """Remove the smallest weights.
+    """Remove the weights that matter least.
 
     Applied again to a site, it prunes further; what was removed stays removed. They go at once, or
     over the recovery that follows as a `schedule` says.
+
+    All criteria but magnitude and random need a task with data. obs and fisher adjust the weights
+    that stay for those that go. wanda keeps the same share of every output row. What any criterion
+    but magnitude removes is gone for good: its weight is zero under the mask.
     """
 
     sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
     scope: str = option(
         "sensitivity",
         choices=("sensitivity", "lamp", "global", "layer", *SEARCHES),
-        help="what the fraction is of: each layer, or all weights together, ranked by magnitude "
-        "(global), by magnitude relative to the layer's larger ones (lamp), shared out by a "
+        help="what the fraction is of: each layer, or all weights together, ranked by score "
+        "(global), by score relative to the layer's larger ones (lamp), shared out by a "
         "scan of each layer's sensitivity, or by a search (keep_search) that tries allocations",
     )
+    criterion: str = option(
+        "magnitude", choices=tuple(CRITERIA),
+        help="the score: |w|, gradient · weight (taylor), diagonal Hessian (obd), inverse Hessian "
+        "of each layer's inputs (obs), blocks of the Fisher matrix (fisher), |w| · norm of the "
+        "inputs (wanda), or random",
+    )  # fmt: skip
+    pattern: str = option("", help="instead: N of every M weights in a row stay, like 2:4")
     threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
     quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
     floor: float = option(0.002, low=0, high=1, help="fraction that every site keeps at least")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold is not None and self.quality is not None:
+        given = {n: getattr(self, n) for n in ("threshold", "quality", "pattern")}
+        rules = [f"{n}={v!r}" for n, v in given.items() if v not in (None, "")]
+        if len(rules) > 1:
+            names = " and ".join(r.partition("=")[0] for r in rules)
             raise RecipeError(
-                "prune_weights: threshold and quality are two rules for one thing, got "
-                f"threshold={self.threshold} and quality={self.quality}; give one"
+                f"prune_weights: {names} are two rules for one thing, got {' and '.join(rules)}; "
+                "give one"
             )
+        if self.pattern:
+            Pattern.parse(self.pattern)
+        elif rules and self.criterion != "magnitude":
+            raise RecipeError(
+                "prune_weights: threshold and quality are rules for magnitudes, got "
+                f"{rules[0]} and criterion={self.criterion!r}; give a sparsity"
+            )
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether what a site keeps follows from the site alone."""
+        rules = (self.threshold, self.quality)
+        return bool(self.pattern) or self.scope == "layer" or rules != (None, None)
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
         weights = {s.name: tensor_at(model, s.name).detach().cpu() for s in sites}
-        if self.threshold is not None or self.quality is not None or self.scope == "layer":
+        if self._by_layer:
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
         elif self.scope == "sensitivity":
             sparsity = statistics.least_damage(sites, self.sparsity)
@@ -88,10 +119,14 @@ class PruneWeights(Recoding):
             kept = SEARCHES[self.scope].search(problem).kept
             sparsity = {n: 1 - share for n, share in kept.items()}
         else:
-            ranks = {n: _lamp(w) if self.scope == "lamp" else w.abs() for n, w in weights.items()}
-            every = torch.cat([r.flatten() for r in ranks.values()])
-            cut = every.kthvalue(max(1, round(self.sparsity * every.numel()))).values
-            sparsity = {n: float((r <= cut).double().mean()) for n, r in ranks.items()}
+            score = CRITERIA[self.criterion]
+            scores = {s.name: score(weights[s.name], s, statistics).flatten() for s in sites}
+            if self.scope == "lamp":
+                scores = {n: _lamp(s) for n, s in scores.items()}
+            every = torch.cat(list(scores.values()))
+            stays = largest(every, round((1 - self.sparsity) * every.numel()))
+            parts = torch.split(stays, [s.numel() for s in scores.values()])
+            sparsity = {n: 1 - float(p.double().mean()) for n, p in zip(scores, parts, strict=True)}
         highest = 1 - self.floor
         return {
             n: replace(
@@ -103,6 +138,8 @@ class PruneWeights(Recoding):
 
     def _kept(self, weights: Tensor) -> int:
         """How many weights this site keeps, by the rule in force."""
+        if self.pattern:
+            return Pattern.parse(self.pattern).kept(weights.shape)
         if self.threshold is not None:
             kept = int((weights.abs() >= self.threshold).sum())
         elif self.quality is not None:
@@ -120,7 +157,11 @@ class PruneWeights(Recoding):
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
-        return sparse_bytes(count, max(1, round((1 - self.sparsity) * count)), inner)
+        kept = max(1, round((1 - self.sparsity) * count))
+        if self.pattern:
+            kept = Pattern.parse(self.pattern).kept(site.shape)
+        by_size = self.criterion == "magnitude" and not self.pattern  # the others keep small ones
+        return sparse_bytes(count, kept, inner, by_size=by_size)
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
         if shape != site.shape:
@@ -138,7 +179,11 @@ class PruneWeights(Recoding):
         if not bool(core.isfinite().all()):
             raise RecipeError(f"prune_weights: site {site.name!r} holds NaN or infinite weights")
         held = core if matters is None else core * matters
-        return Mask(largest(held.abs(), self._kept(held), held != 0)), core
+        mask, new = choose(
+            self.criterion, held, held != 0, site, statistics or Statistics(nn.Identity()),
+            self._kept(held), Pattern.parse(self.pattern) if self.pattern else None,
+        )  # fmt: skip
+        return Mask(mask), core if self.criterion == "magnitude" else new * mask
 
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
         lines = drop_dead_units(model, trace)
@@ -150,12 +195,12 @@ class PruneWeights(Recoding):
         return lines
 
 
-def _lamp(weights: Tensor) -> Tensor:
-    """w² over the sum of all squares in the layer that are no smaller."""
-    squares, order = weights.flatten().double().square().sort(descending=True)
-    score = torch.empty_like(squares)
-    score[order] = squares / squares.cumsum(0).clamp(min=1e-300)
-    return score.reshape(weights.shape)
+def _lamp(scores: Tensor) -> Tensor:
+    """Each of a layer's scores over the sum of all that are no smaller."""
+    falling, order = scores.sort(descending=True)
+    lamp = torch.empty_like(falling)
+    lamp[order] = falling / falling.cumsum(0).clamp(min=1e-300)
+    return lamp
 
 
 def _mask_of(model: nn.Module, site: Site) -> Tensor | None:

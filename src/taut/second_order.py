@@ -1,0 +1,181 @@
+"""Pruning by second order: what goes is chosen, and what stays is adjusted, by a matrix H.
+
+The damage of a change d of the weights w is ½ · dᵀ · H · d. To remove one weight, at best,
+
+    costs ½ · w[i]² / [H⁻¹][i, i],    and moves the others by d = −w[i] / [H⁻¹][i, i] · H⁻¹[:, i]
+
+(Hassibi, Stork: Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992);
+to remove all but a set K leaves w'[K] = H[K, K]⁻¹ · H[K, :] · w.
+
+OBS, layer by layer: H is the moments of the layer's inputs, the same for every output row, so d is
+what changes the outputs least (Frantar, Alistarh: SparseGPT, ICML 2023). H is kept in blocks of
+columns. Where we differ: SparseGPT goes once through the columns and adjusts only those to come.
+Here rows are solved for exactly, in stages that halve what is left, or lead to a pattern in two;
+each takes the smallest ½ · w'[i]² · H[i, i], the damage before the others are adjusted: the formula
+above counts on neighbours that go at the same stage, and measures worse the more of them do.
+
+Block Fisher: H is the empirical Fisher matrix F, mean of g · gᵀ over single examples, in blocks
+along the flattened weight (Singh, Alistarh: WoodFisher, NeurIPS 2020). Where we differ: the blocks
+are summed and factored once, which gives what their rank-one updates of the inverse give.
+
+Either matrix gets `DAMPING` times the mean of its diagonal added to the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from taut.pattern import Pattern, largest
+from taut.products import Product
+
+DAMPING = 0.01
+_MOST_NUMBERS = 2**24  # in the matrices that are factored at once
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """H + DAMPING · mean(diag H) · I: [..., n, n] float64, a ridge that makes it invertible.
+
+    What never is there, diag H = 0, gets next to nothing, so that it goes first; the identity
+    stands in for an H that is zero.
+    """
+    own = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = own.mean(-1, keepdim=True)
+    ridge = torch.where(own > 0, DAMPING * mean, 1e-9 * mean).where(mean > 0, 1.0)
+    return hessian + ridge.diag_embed()
+
+
+def inverse(hessian: Tensor) -> Tensor:
+    """The inverse of positive definite matrices [..., n, n]."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+
+def refit(hessian: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """What the weights that stay become: argmin of (w' − w)ᵀ · H · (w' − w), zero off the mask.
+
+    weights: [rows, n] float64; mask: the same shape, bool; hessian: [n, n] for all rows or
+    [rows, n, n], positive definite.
+    """
+    fitted, counts = torch.zeros_like(weights), mask.sum(1)
+    rows = counts.argsort(descending=True)  # so that those solved together are of like size
+    while len(rows):
+        some = rows[: max(1, _MOST_NUMBERS // max(1, int(counts[rows[0]])) ** 2)]
+        own = hessian[some] if hessian.dim() == 3 else hessian
+        fitted[some] = _solve(own, weights[some], mask[some])
+        rows = rows[len(some) :]
+    return fitted
+
+
+def _solve(hessian: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    wide = max(1, int(mask.sum(1).max()))
+    order = mask.long().argsort(dim=1, descending=True, stable=True)[:, :wide]
+    stays = mask.gather(1, order)
+    left, right = order[:, :, None], order[:, None, :]
+    if hessian.dim() == 2:
+        square, pull = hessian[left, right], weights @ hessian
+    else:
+        each = torch.arange(len(weights))[:, None, None]
+        square, pull = hessian[each, left, right], (hessian @ weights[..., None]).squeeze(-1)
+    one = torch.eye(wide, dtype=square.dtype)
+    square = torch.where(stays[:, :, None] & stays[:, None, :], square, one)
+    pull = pull.gather(1, order) * stays
+    solved = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(square)).squeeze(-1)
+    return torch.zeros_like(weights).scatter(1, order, solved * stays)
+
+
+# ---- OBS ------------------------------------------------------------------------------------
+
+
+def disjoint(products: Sequence[Product], numel: int) -> list[Product]:
+    """Products of which each weight is in one at most, on the CPU.
+
+    A tied weight may be in several, as the rows of an embedding and as a matrix. The first with
+    correlations is kept; of the others the mean over its rows goes to its diagonal.
+    """
+    taken, extra = torch.zeros(numel, dtype=torch.bool), torch.zeros(numel, dtype=torch.float64)
+    kept = []
+    for product in sorted(products, key=lambda p: -p.moments.dim()):
+        index, squares = product.index.cpu(), product.squares.cpu()
+        if bool(taken[index].any()):
+            extra[index] += squares
+        else:
+            taken[index] = True
+            kept.append(Product(index, product.moments.cpu(), product.sums.cpu(), product.rows))
+    for product in kept:
+        more = extra[product.index].mean(0)
+        product.moments = product.moments + (more.diag() if product.moments.dim() == 2 else more)
+    return kept
+
+
+def obs_scores(weights: Tensor, products: Sequence[Product]) -> Tensor:
+    """½ · w² / [H⁻¹][i, i], of the weight's shape; zero for what nothing multiplies by."""
+    flat, scores = weights.double().flatten(), torch.zeros(weights.numel(), dtype=torch.float64)
+    for product in disjoint(products, weights.numel()):
+        hessian = _hessian(product)
+        best = 1 / (inverse(hessian).diagonal() if hessian.dim() == 2 else 1 / hessian)
+        scores[product.index] = 0.5 * flat[product.index].square() * best
+    return scores.reshape(weights.shape)
+
+
+def obs(
+    weights: Tensor, products: Sequence[Product], allowed: Tensor, kept: int,
+    pattern: Pattern | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mask of what stays, and the weights with what stays adjusted: both of their shape.
+
+    allowed: bool, what an earlier mask left, of which `kept` stay, or those of a pattern.
+    """
+    parts = [(p.index, _hessian(p)) for p in disjoint(products, weights.numel())]
+    before = weights.double().flatten()
+    now, mask = before.clone(), allowed
+    for stage in _stages(int(allowed.sum()), kept, pattern):
+        scores = torch.zeros_like(now)
+        for index, hessian in parts:
+            curvature = hessian.diagonal() if hessian.dim() == 2 else hessian
+            scores[index] = now[index].square() * curvature
+        scores = scores.reshape(weights.shape)
+        mask = (
+            largest(scores, stage, mask) if isinstance(stage, int) else stage.choose(scores, mask)
+        )
+        now = before * mask.flatten()
+        for index, hessian in parts:
+            if hessian.dim() == 2:
+                now[index] = refit(hessian, before[index], mask.flatten()[index])
+    return mask, now.to(weights.dtype).reshape(weights.shape)
+
+
+def _stages(count: int, kept: int, pattern: Pattern | None) -> list[int] | list[Pattern]:
+    """What stays after each stage."""
+    if pattern:
+        return [Pattern((pattern.keep + pattern.of) // 2, pattern.of), pattern]
+    halves = range(1, max(1, count // max(kept, 1)).bit_length())
+    return [*(count >> k for k in halves if count >> k > kept), kept]
+
+
+def _hessian(product: Product) -> Tensor:
+    """The damped H of the rows of a product; where nothing is correlated its diagonal, [in]."""
+    moments = product.moments
+    return damped(moments) if moments.dim() == 2 else moments + DAMPING * moments.mean()
+
+
+# ---- block Fisher ---------------------------------------------------------------------------
+
+
+def fisher_scores(weights: Tensor, blocks: Tensor) -> Tensor:
+    """½ · w² / [F⁻¹][i, i], of the weight's shape. blocks: [blocks, width, width], not damped."""
+    spread = inverse(damped(blocks.double())).diagonal(dim1=1, dim2=2).flatten()
+    scores = 0.5 * weights.double().flatten().square() / spread[: weights.numel()]
+    return scores.reshape(weights.shape)
+
+
+def fisher_refit(weights: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:
+    """The weights with what stays adjusted for what goes, of their shape."""
+    count, width = blocks.shape[:2]
+    more = count * width - weights.numel()
+    rows = F.pad(weights.double().flatten(), (0, more)).reshape(count, width)
+    stays = F.pad(mask.flatten(), (0, more)).reshape(count, width)
+    fitted = refit(damped(blocks.double()), rows, stays).flatten()[: weights.numel()]
+    return fitted.to(weights.dtype).reshape(weights.shape)
