@@ -10,10 +10,11 @@ from nets import traced
 from torch import nn
 
 from taut.aim import Aim
+from taut.errors import RecipeError
 from taut.goal import Goal
 from taut.modules import clone
 from taut.pack import pack
-from taut.plan import MOST_SPARSITY, forecast, predict_chain, propose
+from taut.plan import MOST_SPARSITY, check, forecast, predict_chain, propose
 from taut.recipe import Recipe
 from taut.recover import Recover
 from taut.schedules import Schedule
@@ -364,3 +365,10 @@ def test_other_bounds_count_while_it_bisects() -> None:
     assert all(m.effective_macs <= 0.2 * WEIGHTS for m in measured)
     assert recipes
     assert run("latency<=1ms", world(ms=2.0), most=12)[0]
+
+
+@pytest.mark.parametrize("rule", ["criterion='wanda'", "pattern='2:4'"])
+def test_a_schedule_of_what_is_gone_for_good_is_refused(rule: str) -> None:
+    recipe = Recipe.parse(f"prune_weights({rule}) > schedule() > recover()")
+    with pytest.raises(RecipeError, match=r"from site '0.weight' is gone for good .* leave"):
+        check(recipe, TRACE)

@@ -93,6 +93,11 @@ class PruneWeights(Recoding):
             )
 
     @property
+    def may_reopen(self) -> bool:
+        """Whether a schedule can open the mask again and close it in steps, by magnitude."""
+        return self.criterion == "magnitude" and not self.pattern
+
+    @property
     def _by_layer(self) -> bool:
         """Whether what a site keeps follows from the site alone."""
         rules = (self.threshold, self.quality)
@@ -160,7 +165,7 @@ class PruneWeights(Recoding):
         kept = max(1, round((1 - self.sparsity) * count))
         if self.pattern:
             kept = Pattern.parse(self.pattern).kept(site.shape)
-        by_size = self.criterion == "magnitude" and not self.pattern  # the others keep small ones
+        by_size = self.criterion == "magnitude" and not self.pattern
         return sparse_bytes(count, kept, inner, by_size=by_size)
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
@@ -183,7 +188,9 @@ class PruneWeights(Recoding):
             self.criterion, held, held != 0, site, statistics or Statistics(nn.Identity()),
             self._kept(held), Pattern.parse(self.pattern) if self.pattern else None,
         )  # fmt: skip
-        return Mask(mask), core if self.criterion == "magnitude" else new * mask
+        form = Mask(mask)
+        form.followed.fill_(not self.may_reopen)
+        return form, core if self.criterion == "magnitude" else new * mask
 
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
         lines = drop_dead_units(model, trace)
