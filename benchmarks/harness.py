@@ -46,7 +46,8 @@ def run(
 
     beside: the heading of the column with what each figure is compared with.
     --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
-    naming the figure, when one falls short. --seed: of everything random. --only: some rows.
+    naming the figure, when one falls short. --seed: of everything random. --only: some rows, which
+    take their place in a record that is there.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="a tiny pass that CI runs")
@@ -70,11 +71,26 @@ def run(
             "machine": machine(),
             "figures": [{**asdict(f), "holds": f.holds} for f in figures],
         }
+        if options.only and options.json.is_file():
+            record = joined(json.loads(options.json.read_text()), record)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     short = [f.name for f in figures if not f.holds]
     if options.check and short:
         sys.exit(f"falls short: {', '.join(short)}")
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record whose rows come from several runs, each in the place that it has had.
+
+    Rows that were not measured again stay, where all but the rows is the same.
+    """
+    same = all(old.get(k) == v for k, v in new.items() if k != "figures")
+    if not same:
+        return new
+    again = {f["name"]: f for f in new["figures"]}
+    kept = [again.pop(f["name"], f) for f in old["figures"]]
+    return {**new, "figures": [*kept, *again.values()]}
 
 
 def _table(title: str, figures: list[Figure], beside: str) -> Table:

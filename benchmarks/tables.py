@@ -1,9 +1,9 @@
-"""Writes the README's table of results from the records in benchmarks/results/.
+"""Writes the tables of README.md and docs/results.md from the records in benchmarks/results/.
 
     python benchmarks/papers/deep_compression.py --json benchmarks/results/deep_compression.json
     python benchmarks/tables.py
 
-No figure in the README is typed by hand; a test holds the two together.
+No figure in them is typed by hand; a test holds documents and records together.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINES = ("records", "deep_compression", "kernels")
+DOCUMENTS = {ROOT / "README.md": True, ROOT / "docs" / "results.md": False}
+"""Which documents have tables, and whether only the headlines."""
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -28,7 +32,7 @@ def rows(record: dict[str, Any]) -> list[str]:
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """The README's section for all records, by the name of their file."""
+    """The section for some records, by the name of their file."""
     parts = []
     for record in records.values():
         machine, versions = record["machine"], record["versions"]
@@ -45,11 +49,12 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def write(readme: str) -> str:
-    """The README's text with the table made anew."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    records = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in found}
-    return MARKS.sub(lambda m: f"{m[1]}\n{table(records)}\n{m[2]}", readme)
+def write(document: str, headlines: bool = False) -> str:
+    """A document's text with its tables made anew: of all records, or of the headlines alone."""
+    found = sorted(RESULTS.glob("*.json"))
+    names = HEADLINES if headlines else [p.stem for p in found]
+    records = {n: json.loads((RESULTS / f"{n}.json").read_text(encoding="utf-8")) for n in names}
+    return MARKS.sub(lambda m: f"{m[1]}\n{table(records)}\n{m[2]}", document)
 
 
 def _number(value: float) -> str:
@@ -57,5 +62,6 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(write(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, headlines in DOCUMENTS.items():
+        text = path.read_text(encoding="utf-8")
+        path.write_text(write(text, headlines), encoding="utf-8")

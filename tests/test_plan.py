@@ -297,6 +297,11 @@ def test_an_aim_that_was_missed_is_corrected() -> None:
     assert measured[1].size_bytes <= 0.03 * ORIGINAL.size_bytes
 
 
+def test_an_aim_that_was_shot_past_is_not_raised() -> None:
+    recipes, _ = run("bytes<=3%, score>=-1%", world(0.7, score=lambda r: 0.5), masks=False, most=2)
+    assert aimed(recipes[1]) == aimed(recipes[0])
+
+
 def test_where_a_short_code_costs_score_it_trains_longer_then_prunes() -> None:
     recipes, _ = run("bytes<=5%, score>=-1%", world(score=lambda r: 0.5), masks=False, most=99)
     assert [(aimed(r) > 0, epochs(r)) for r in recipes[:3]] == [

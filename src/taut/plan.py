@@ -252,7 +252,9 @@ class _Planner:
         """Measured size over predicted size."""
         recipe = Recipe.parse(candidate.recipe)
         aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
-        predicted = aimed or forecast(recipe, self.trace, self.model, self.statistics).size_bytes
+        if aimed:  # an aim that was shot past is no reason to aim higher
+            return max(1.0, candidate.measurement.size_bytes / aimed)
+        predicted = forecast(recipe, self.trace, self.model, self.statistics).size_bytes
         return candidate.measurement.size_bytes / predicted
 
 
