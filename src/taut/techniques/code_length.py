@@ -157,6 +157,7 @@ class _CodeLength(torch.autograd.Function):
         return cast(Tensor, grads[0] * slope * scaled.sign())
 
 
+_MOST_MORE = 4.0  # rounding holds what lies a little above 1: it is not to be pulled as from 2
 _UNSEEN = 6.0
 """The coder meets the others one by one and must learn: so much more does its prior weigh."""
 
@@ -176,7 +177,8 @@ def code_length(q: Tensor) -> tuple[Tensor, Tensor, float]:
     bits = -torch.where(found > 0, chance, 1 - chance).log2().sum()
     stops = (count + 1) / (total + 2)  # sizes are geometric: the chance that one goes no further
     sign, more = 1 - math.log2(stops), -math.log2(1 - stops)
-    return bits + count * sign + (total - count) * more, (first + sign).reshape(q.shape), more
+    bits = bits + count * sign + (total - count) * more
+    return bits, (first + sign).reshape(q.shape), min(more, _MOST_MORE)
 
 
 def _chances(found: Tensor, prior: float) -> Tensor:
