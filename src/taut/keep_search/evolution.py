@@ -31,7 +31,7 @@ class Evolution(KeepSearch):
 
     population: int = option(16, low=2, high=10_000, help="how many are alive")
     tournament: int = option(3, low=1, high=100, help="how many are drawn for each parent")
-    step: float = option(1.0, low=0, high=10, help="of the widest mutation, in logits")
+    step: float = option(2.0, low=0, high=10, help="of the widest mutation, in logits")
     finest: float = option(0.05, low=0.001, high=1, help="of the finest, as a share of step")
     mutated: float = option(0.5, low=0, high=1, help="share of the genes that a child changes")
 

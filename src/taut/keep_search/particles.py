@@ -35,7 +35,7 @@ class Particles(KeepSearch):
     particles: int = option(20, low=2, high=10_000, help="how many there are")
     effective: float = option(0.3, low=0.01, high=1, help="share that survives, by weight")
     noise: float = option(0.8, low=0, high=1, help="share of the population's spread made anew")
-    spread: float = option(1.0, low=0, high=10, help="of the first particles, in logits")
+    spread: float = option(2.0, low=0, high=10, help="of the first particles, in logits")
 
     def start(self, problem: Problem, generator: torch.Generator) -> Walk:
         return _Filter(self, problem, generator)

@@ -238,7 +238,7 @@ class Problem:
 
         def counts(level: float) -> Tensor:
             shares = torch.sigmoid(genome + level)
-            return (self._units * shares).floor().clamp(min=1).minimum(self._units)
+            return (self._units * shares).round().clamp(min=1).minimum(self._units)
 
         reach = 40 + float(genome.abs().max())
         low, high = -reach, reach

@@ -52,7 +52,7 @@ class Reinforcement(KeepSearch):
     batch: int = option(64, low=1, high=65_536, help="transitions in each update")
     width: int = option(64, low=1, high=4096, help="of both networks' two hidden layers")
     learning_rate: float = option(5e-3, low=0, high=1, help="the critic's; the actor's is half")
-    spread: float = option(1.0, low=0, high=10, help="of the first allocations, in logits")
+    spread: float = option(2.0, low=0, high=10, help="of the first allocations, in logits")
 
     def start(self, problem: Problem, generator: torch.Generator) -> Walk:
         if problem.genes != "sites":
