@@ -263,7 +263,7 @@ def test_without_noise_the_next_particles_are_the_better_of_the_last():
 
 def test_with_noise_the_particles_keep_their_weighted_mean_and_spread():
     states = []
-    search = Particles(particles=800, noise=0.8)
+    search = Particles(particles=800, noise=0.8, spread=1.0)
     search.search(by_counts(), evaluations=800, on_step=lambda s: states.append(s["walk"]))
     first, damages = states[-2]["genomes"], states[-2]["damages"]
     damages = torch.tensor([*damages, by_counts().damage(by_counts().candidate(first[-1]))])
