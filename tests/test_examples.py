@@ -83,6 +83,20 @@ def test_demo_in_a_tiny_form(tmp_path):
 
 
 @pytest.mark.usefixtures("digits")
+def test_records_pass_quickly_and_join_theirs(tmp_path):
+    record = tmp_path / "record.json"
+    for name in ("LeNet-300-100", "LeNet-5, best"):
+        run("benchmarks/papers/records.py", "--quick", "--only", name, "--json", record, cwd=ROOT)
+    found = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
+    assert list(found) == [
+        "LeNet-300-100, times smaller", "LeNet-300-100, error",
+        "LeNet-5, best, times smaller", "LeNet-5, best, error",
+    ]  # fmt: skip
+    assert found["LeNet-300-100, times smaller"] > 8  # after one epoch on 2,000 digits
+    assert 0 < found["LeNet-300-100, error"] < 60
+
+
+@pytest.mark.usefixtures("digits")
 @pytest.mark.parametrize("script", ["papers/deep_compression.py"])
 def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
     record = tmp_path / "record.json"

@@ -13,6 +13,7 @@ from taut import processes
 from taut.distillation import Distillation
 from taut.errors import TautError
 from taut.recover import Recover, recover
+from taut.schedules import Schedule
 from taut.techniques import PruneWeights
 from taut.training import Training
 
@@ -40,10 +41,10 @@ def trained(batch_size, **given):
     """A pruned network after three epochs, distilled in its outputs and a wider layer."""
     task, training = task_of(batch_size), Training(clip=1.0, **given.pop("training", {}))
     net = network(2)
-    net = taut.apply(net, PruneWeights(sparsity=0.5, steps=2, scope="layer"), task)
+    net = taut.apply(net, PruneWeights(sparsity=0.5, scope="layer"), task)
     records = recover(
         net, task, Recover(epochs=3, learning_rate=1e-2), teacher=network(1, 40),
-        settings=[training, Distillation(features="0")], **given,
+        settings=[training, Schedule(steps=2), Distillation(features="0")], **given,
     )  # fmt: skip
     return net.state_dict(), [r.loss for r in records]
 

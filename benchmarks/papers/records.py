@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from deep_compression import Shifted, harness
+from deep_compression import Shifted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +28,9 @@ import taut
 from taut.data import Batches, ImageData, fashion_mnist, images, king_james, mnist
 from taut.zoo import LeNet5, LeNet300, LstmLanguageModel, ResNet, TransformerLanguageModel
 
-Figure = harness.Figure
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from harness import Figure, run
+
 STEPS = 64  # characters of one sequence
 
 
@@ -185,4 +188,4 @@ def _recipe(text: str, quick: bool) -> taut.Recipe:
 
 
 if __name__ == "__main__":
-    harness.run("Training for a short code: bytes of whole files", measure)
+    run("Training for a short code: bytes of whole files", measure)

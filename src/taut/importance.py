@@ -4,15 +4,17 @@
     taylor     (g · w)²                  g: the mean gradient (Molchanov et al., CVPR 2019)
     obd        ½ · h · w²                h: the Fisher information, mean of g², as the Hessian's
                                          diagonal (LeCun, Denker, Solla: Optimal Brain Damage, 1989)
-    wanda      w² · Σ x²                 the square of |w| · ‖x‖₂ (Sun et al., ICLR 2024); it is
+    wanda      w² · Σ x² / E             the square of |w| · ‖x‖₂ (Sun et al., ICLR 2024); it is
                                          compared within each output row
-    obs        ½ · w² / [H⁻¹]ᵢᵢ          H: the moments of the inputs (second_order.py)
+    obs        ½ · w² / [H⁻¹]ᵢᵢ          H: moments of the inputs, weighed by row (second_order.py)
     fisher     ½ · w² / [F⁻¹]ᵢᵢ          F: blocks of the empirical Fisher matrix (second_order.py)
     random     uniform                   drawn from PyTorch's generator, so its seed governs them
 
-All but the last are of second order in w, so that scores of one site can be added up. Shapes: as
-the weight's. Where we differ: the Hessian of OBD is the empirical Fisher matrix, from gradients of
-single examples; Wanda's scores are squared, which keeps their order.
+All but the last are of second order in w, so that scores of one site can be added up. wanda knows
+only its layer's outputs: E, their energy as if the inputs were not correlated, makes sites
+comparable. Shapes: as the weight's. Where we differ: the Hessian of OBD is the empirical Fisher
+matrix, from gradients of single examples; Wanda's scores are squared and over E, which keeps their
+order within a layer.
 """
 
 from __future__ import annotations
@@ -48,11 +50,12 @@ def obd(weights: Tensor, curvature: Tensor) -> Tensor:
 
 
 def wanda(weights: Tensor, products: Sequence[Product]) -> Tensor:
-    """w² · Σ x²: the squared output that one weight makes on the calibration data."""
+    """w² · Σ x² / E: the share of the outputs' energy that one weight makes, as if by itself."""
     seen = torch.zeros(weights.numel(), dtype=torch.float64)
     for product in products:  # a tied weight may be in several
         seen[product.index.cpu()] += product.squares.cpu()
-    return weights.double().square() * seen.reshape(weights.shape)
+    scores = weights.double().square() * seen.reshape(weights.shape)
+    return scores / scores.sum().clamp(min=1e-300)
 
 
 def random(weights: Tensor) -> Tensor:
@@ -81,7 +84,9 @@ CRITERIA: dict[str, Score] = {
     "magnitude": lambda w, site, facts: magnitude(w),
     "taylor": lambda w, site, facts: taylor(w, facts.gradients(site).mean),
     "obd": lambda w, site, facts: obd(w, facts.gradients(site).squares),
-    "obs": lambda w, site, facts: obs_scores(w, facts.products(site)),
+    "obs": lambda w, site, facts: obs_scores(
+        w, facts.products(site), facts.gradients(site).squares
+    ),
     "fisher": lambda w, site, facts: fisher_scores(w, facts.fisher(site, FISHER_WIDTH)),
     "wanda": lambda w, site, facts: wanda(w, facts.products(site, diagonal=True)),
     "random": lambda w, site, facts: random(w),
@@ -99,7 +104,8 @@ def choose(
     The second-order criteria, obs and fisher, adjust the weights that stay for those that go.
     """
     if criterion == "obs":
-        return obs(weights, statistics.products(site), allowed, kept, pattern)
+        squares = statistics.gradients(site).squares
+        return obs(weights, statistics.products(site), squares, allowed, kept, pattern)
     scores = CRITERIA[criterion](weights, site, statistics)
     if criterion == "wanda" and pattern is None:
         scores = by_row(scores, statistics.products(site, diagonal=True))

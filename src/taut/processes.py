@@ -6,6 +6,7 @@ what came out, so that all decide alike.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +21,13 @@ T = TypeVar("T")
 def state() -> PartialState:
     """What accelerate knows of the processes; without an accelerator they talk by gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@atexit.register
+def _part() -> None:
+    """Wait for the others and hang up: a process that leaves earlier can end in an abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main() -> bool:

@@ -7,12 +7,16 @@ The damage of a change d of the weights w is ½ · dᵀ · H · d. To remove one
 (Hassibi, Stork: Second order derivatives for network pruning: Optimal Brain Surgeon, NIPS 1992);
 to remove all but a set K leaves w'[K] = H[K, K]⁻¹ · H[K, :] · w.
 
-OBS, layer by layer: H is the moments of the layer's inputs, the same for every output row, so d is
-what changes the outputs least (Frantar, Alistarh: SparseGPT, ICML 2023). H is kept in blocks of
-columns. Where we differ: SparseGPT goes once through the columns and adjusts only those to come.
-Here rows are solved for exactly, in stages that halve what is left, or lead to a pattern in two;
-each takes the smallest ½ · w'[i]² · H[i, i], the damage before the others are adjusted: the formula
-above counts on neighbours that go at the same stage, and measures worse the more of them do.
+OBS, layer by layer: H is c times the moments of the layer's inputs, which all output rows share, so
+d is what changes the outputs least (Frantar, Alistarh: SparseGPT, ICML 2023), in blocks of columns.
+Where we differ:
+- c is what the loss feels of a row's output, Σ of the squared gradients of the row over Σ of its
+  squared inputs, as if the two were independent (Martens, Grosse: K-FAC, ICML 2015). It makes rows
+  and layers comparable and leaves the solution for each row alone.
+- SparseGPT goes once through the columns and adjusts only those to come. Here rows are solved for
+  exactly, in stages that halve what is left, or lead to a pattern in two. Each takes the smallest
+  ½ · w'[i]² · H[i, i], the damage before the others are adjusted: the formula above counts on
+  neighbours that go at the same stage, and measures worse the more of them do.
 
 Block Fisher: H is the empirical Fisher matrix F, mean of g · gᵀ over single examples, in blocks
 along the flattened weight (Singh, Alistarh: WoodFisher, NeurIPS 2020). Where we differ: the blocks
@@ -24,6 +28,7 @@ Either matrix gets `DAMPING` times the mean of its diagonal added to the diagona
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,41 +115,70 @@ def disjoint(products: Sequence[Product], numel: int) -> list[Product]:
     return kept
 
 
-def obs_scores(weights: Tensor, products: Sequence[Product]) -> Tensor:
-    """½ · w² / [H⁻¹][i, i], of the weight's shape; zero for what nothing multiplies by."""
+def obs_scores(weights: Tensor, products: Sequence[Product], squares: Tensor) -> Tensor:
+    """½ · c · w² / [H⁻¹][i, i], of the weight's shape; zero for what nothing multiplies by."""
     flat, scores = weights.double().flatten(), torch.zeros(weights.numel(), dtype=torch.float64)
-    for product in disjoint(products, weights.numel()):
-        hessian = _hessian(product)
-        best = 1 / (inverse(hessian).diagonal() if hessian.dim() == 2 else 1 / hessian)
-        scores[product.index] = 0.5 * flat[product.index].square() * best
+    for part in _parts(products, squares):
+        best = 1 / inverse(part.hessian).diagonal() if part.correlated else part.hessian
+        scores[part.index] = 0.5 * part.rows * flat[part.index].square() * best
     return scores.reshape(weights.shape)
 
 
 def obs(
-    weights: Tensor, products: Sequence[Product], allowed: Tensor, kept: int,
+    weights: Tensor, products: Sequence[Product], squares: Tensor, allowed: Tensor, kept: int,
     pattern: Pattern | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mask of what stays, and the weights with what stays adjusted: both of their shape.
 
-    allowed: bool, what an earlier mask left, of which `kept` stay, or those of a pattern.
+    squares: the mean of the squared gradients of single examples, of the weights' shape. allowed:
+    bool, what an earlier mask left, of which `kept` stay, or those of a pattern.
     """
-    parts = [(p.index, _hessian(p)) for p in disjoint(products, weights.numel())]
+    parts = _parts(products, squares)
     before = weights.double().flatten()
     now, mask = before.clone(), allowed
     for stage in _stages(int(allowed.sum()), kept, pattern):
         scores = torch.zeros_like(now)
-        for index, hessian in parts:
-            curvature = hessian.diagonal() if hessian.dim() == 2 else hessian
-            scores[index] = now[index].square() * curvature
+        for part in parts:
+            curvature = part.hessian.diagonal() if part.correlated else part.hessian
+            scores[part.index] = part.rows * now[part.index].square() * curvature
         scores = scores.reshape(weights.shape)
         mask = (
             largest(scores, stage, mask) if isinstance(stage, int) else stage.choose(scores, mask)
         )
         now = before * mask.flatten()
-        for index, hessian in parts:
-            if hessian.dim() == 2:
-                now[index] = refit(hessian, before[index], mask.flatten()[index])
+        for part in parts:
+            if part.correlated:
+                stays = mask.flatten()[part.index]
+                now[part.index] = refit(part.hessian, before[part.index], stays)
     return mask, now.to(weights.dtype).reshape(weights.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The rows of a product, index [out, in]; the damped H that they share; c of each, [out, 1].
+
+    hessian: [in, in], or [in], the diagonal, where the inputs are not correlated.
+    """
+
+    index: Tensor
+    hessian: Tensor
+    rows: Tensor
+
+    @property
+    def correlated(self) -> bool:
+        return self.hessian.dim() == 2
+
+
+def _parts(products: Sequence[Product], squares: Tensor) -> list[_Part]:
+    parts = []
+    for product in disjoint(products, squares.numel()):
+        h = product.moments
+        h = damped(h) if h.dim() == 2 else h + DAMPING * h.mean()
+        felt = squares.double().flatten()[product.index].sum(1, keepdim=True)
+        rows = felt / product.squares.sum().clamp(min=1e-300)
+        parts.append(_Part(product.index, h, rows))
+    least = max(float(p.rows.mean()) for p in parts) * 1e-6 or 1.0
+    return [replace(p, rows=p.rows + least) for p in parts]
 
 
 def _stages(count: int, kept: int, pattern: Pattern | None) -> list[int] | list[Pattern]:
@@ -153,12 +187,6 @@ def _stages(count: int, kept: int, pattern: Pattern | None) -> list[int] | list[
         return [Pattern((pattern.keep + pattern.of) // 2, pattern.of), pattern]
     halves = range(1, max(1, count // max(kept, 1)).bit_length())
     return [*(count >> k for k in halves if count >> k > kept), kept]
-
-
-def _hessian(product: Product) -> Tensor:
-    """The damped H of the rows of a product; where nothing is correlated its diagonal, [in]."""
-    moments = product.moments
-    return damped(moments) if moments.dim() == 2 else moments + DAMPING * moments.mean()
 
 
 # ---- block Fisher ---------------------------------------------------------------------------

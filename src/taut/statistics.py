@@ -86,12 +86,7 @@ class Statistics:
 
     def loss(self, model: nn.Module) -> float:
         """The loss of any network on the calibration data. Raises TaskError without data."""
-        if self._loss is None:
-            raise TaskError(
-                "a search for what to keep needs a task with data, got none; without data choose "
-                "prune_weights(scope='layer') or scope='global'"
-            )
-        return self._loss(model)
+        return self._needed("a search for what to keep")(model)
 
     def sensitivity(self, site: Site) -> Curve:
         """The loss as this site alone is pruned by magnitude, without recovery."""
