@@ -117,9 +117,11 @@ class PruneWeights(Recoding):
                 quality = float(cut / held.std(correction=0))
                 _log.info("prune_weights: %s: sparsity %.3f, quality %.2f", name, part, quality)
         elif self.scope in SEARCHES:
+            score = CRITERIA[self.criterion]
             problem = Problem.of(
                 model, sites, statistics.loss, kept=1 - self.sparsity, cost="parameters",
                 unit="weight",
+                scores={s.name: score(weights[s.name], s, statistics) for s in sites},
             )  # fmt: skip
             kept = SEARCHES[self.scope].search(problem).kept
             sparsity = {n: 1 - share for n, share in kept.items()}
