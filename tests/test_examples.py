@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from taut.data import fashion_mnist, mnist
+from taut.data import fashion_mnist, king_james, mnist
 from taut.errors import DataError
+from taut.importance import CRITERIA
 from taut.keep_search import SEARCHES
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +159,24 @@ def test_the_distillation_benchmark_passes_quickly(tmp_path):
     assert [line.split(":")[0] for line in printed.splitlines() if "epoch 1" in line] == [
         "teacher", "alone", "distilled",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("net", ["LeNet-5", "Transformer"])
+def test_the_criteria_benchmark_passes_quickly(net, tmp_path):
+    try:
+        mnist() if net == "LeNet-5" else king_james()
+    except DataError as error:
+        pytest.skip(f"the data are not to be had: {error}")
+    record, script = tmp_path / "record.json", "benchmarks/papers/second_order.py"
+    printed = run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
+    assert len(found) == 3
+    obs = found[f"{net}, 90 % of every layer: loss after OBS"]
+    assert obs["holds"]  # the one that adjusts what stays wins even in a net hardly trained
+    for figure in found.values():
+        assert 0 < figure["ours"] < 10
+    for name in CRITERIA:
+        assert name in printed
 
 
 def test_the_kernels_benchmark_passes_quickly(tmp_path):

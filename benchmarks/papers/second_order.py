@@ -33,7 +33,7 @@ from harness import Figure, run
 
 SEEDS = 3
 SPARSITIES = (0.8, 0.9, 0.95)
-WAYS = {"layer": "the same in every layer", "global": "shared out"}
+WAYS = {"layer": "of every layer", "global": "of all weights"}
 STEPS = 64  # characters that the Transformer sees
 
 
@@ -123,7 +123,7 @@ def _figures(name: str, way: str, losses: dict[str, list[float]]) -> list[Figure
 
     def figure(criterion: str, than: tuple[str, ...], others: list[str]) -> Figure:
         return Figure(
-            name=f"{name} {WAYS[way]}, loss after {criterion.upper()}",
+            name=f"{name} {WAYS[way]}: loss after {criterion.upper()}",
             paper=", ".join(told[o] for o in others), ours=mean[criterion],
             asked=min(mean[t] for t in than), at_most=True, command=command,
         )  # fmt: skip
