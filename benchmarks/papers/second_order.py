@@ -4,15 +4,13 @@ LeNet-5 on MNIST and a small Transformer on the King James text, both at 80, 90 
 ways: with the same sparsity in every layer, and with one sparsity for the network that the scores
 share out among its layers. OBS is asked to lose no more than OBD, and OBD no more than magnitude,
 where scores of different layers are compared; in the first way OBS is asked to beat both. Losses
-are means over test examples, of `SEEDS` networks trained from as many seeds, with the standard
-deviation over those; criteria see 512 training examples.
+are means over test examples; the criteria see 512 training examples.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ from taut.zoo import LeNet5, TransformerLanguageModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import Figure, run
 
-SEEDS = 3
 SPARSITIES = (0.8, 0.9, 0.95)
 WAYS = {"layer": "of every layer", "global": "of all weights"}
 STEPS = 64  # characters that the Transformer sees
@@ -79,65 +76,50 @@ NETS = (
 
 def measure(options: argparse.Namespace) -> list[Figure]:
     logging.getLogger("taut").setLevel(logging.WARNING)  # the sparsity of every layer, each time
-    figures: list[Figure] = []
-    for net in (n for n in NETS if options.only in n.name):
-        seeds = range(options.seed, options.seed + (1 if options.quick else SEEDS))
-        runs = [_losses(net, seed, options.quick) for seed in seeds]
-        whole = [r.pop(("", 0.0, "")) for r in runs]
-        print(f"{net.name}, nothing removed: loss {_spread(whole)}")
-        for sparsity in sorted({s for _, s, _ in runs[0]}):
-            for way in WAYS:
-                losses = {c: [r[way, sparsity, c] for r in runs] for c in CRITERIA}
-                figures += _figures(f"{net.name}, {100 * sparsity:.0f} %", way, losses)
-    return figures
+    return [
+        figure
+        for net in NETS
+        if options.only in net.name
+        for name, way, losses in _pruned(net, options)
+        for figure in _figures(name, way, losses)
+    ]
 
 
-def _losses(net: Net, seed: int, quick: bool) -> dict[tuple[str, float, str], float]:
-    """The loss after each criterion, by way, sparsity and criterion; under ("", 0, "") before."""
-    torch.manual_seed(seed)
+def _pruned(net: Net, options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """For each sparsity and way, its name and the loss after each criterion."""
+    quick = options.quick
+    torch.manual_seed(options.seed)
     train, test = net.data(quick)
     task, model = taut.Task(train=train, test=test), net.build()
     taut.recover(model, task, taut.Recover(epochs=1, distill=0.0) if quick else net.training)
     held = taut.Task(train=test, test=test).calibration_loss(len(test.inputs))
-    losses = {("", 0.0, ""): held(model)}
+    print(f"{net.name}, nothing removed: loss {held(model):.4f}")
     seen = 48 if quick else 512
-    few = train.inputs[:seen], train.targets[:seen]
-    task = taut.Task(train=Batches(*few, 64), test=test)
+    task = taut.Task(train=Batches(train.inputs[:seen], train.targets[:seen], 64), test=test)
     for sparsity in (0.9,) if quick else SPARSITIES:
-        for way, criterion in _each():
-            step = PruneWeights(sparsity=sparsity, scope=way, criterion=criterion)
-            pruned = taut.apply(clone(model), step, task)
-            losses[way, sparsity, criterion] = held(pruned)
-            print(f"{net.name}, seed {seed}, {step}: {losses[way, sparsity, criterion]:.4f}")
-    return losses
+        for way in WAYS:
+            losses = {}
+            for criterion in CRITERIA:
+                step = PruneWeights(sparsity=sparsity, scope=way, criterion=criterion)
+                losses[criterion] = held(taut.apply(clone(model), step, task))
+                print(f"{net.name}, {step}: loss {losses[criterion]:.4f}")
+            yield f"{net.name}, {100 * sparsity:.0f} % {WAYS[way]}", way, losses
 
 
-def _each() -> Iterator[tuple[str, str]]:
-    return ((way, criterion) for way in WAYS for criterion in CRITERIA)
-
-
-def _figures(name: str, way: str, losses: dict[str, list[float]]) -> list[Figure]:
-    mean = {c: statistics.fmean(v) for c, v in losses.items()}
-    told = {c: f"{c} {_spread(v)}" for c, v in losses.items()}
+def _figures(name: str, way: str, losses: dict[str, float]) -> list[Figure]:
     command = f"prune_weights(scope={way!r}, criterion=...)"
 
     def figure(criterion: str, than: tuple[str, ...], others: list[str]) -> Figure:
         return Figure(
-            name=f"{name} {WAYS[way]}: loss after {criterion.upper()}",
-            paper=", ".join(told[o] for o in others), ours=mean[criterion],
-            asked=min(mean[t] for t in than), at_most=True, command=command,
+            name=f"{name}: loss after {criterion.upper()}",
+            paper=", ".join(f"{o} {losses[o]:.3f}" for o in others), ours=losses[criterion],
+            asked=min(losses[t] for t in than), at_most=True, command=command,
         )  # fmt: skip
 
     rest = [c for c in CRITERIA if c not in ("obs", "obd", "magnitude")]
     if way == "layer":
         return [figure("obs", ("obd", "magnitude"), ["obd", "magnitude", *rest])]
     return [figure("obs", ("obd",), ["obd", *rest]), figure("obd", ("magnitude",), ["magnitude"])]
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
 
 
 if __name__ == "__main__":
