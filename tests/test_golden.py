@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
-from taut.recoding import FORMATS, PackedWeight, Plain
+from taut.packed import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues

@@ -11,7 +11,8 @@ from torch import nn
 
 from taut.errors import FormatError, RunError
 from taut.pack import encode, inspect, load, pack, packed_state
-from taut.recoding import Plain, Recoding
+from taut.packed import Plain
+from taut.recoding import Recoding
 from taut.sparse_weight import SparseWeight
 from taut.techniques import PruneWeights
 from taut.zoo.lenet import LeNet5

@@ -26,6 +26,7 @@ import xxhash
 from torch import nn
 
 from taut import processes
+from taut.activations import input_forms, place_input
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
@@ -416,6 +417,7 @@ class _Trial:
                 site.name: [str(t) for t in links.recipe]
                 for site, links in chains(self.model, self.trace.places)
             },
+            "inputs": {path: form.recipe for path, form in input_forms(self.model)},
             "model": self.model.state_dict(),
             "recover": self.recovering,
             "history": [vars(r) for r in self.history],
@@ -444,6 +446,12 @@ class _Trial:
                     assert isinstance(technique, Recoding)
                     form, blank = technique.blank(core(self.model, site).detach())
                     technique.place(self.model, site, form, blank)
+            for path, text in state["inputs"].items():
+                technique = Recipe.parse(text).steps[0]
+                assert isinstance(technique, Recoding)
+                given = technique.blank_input(self.model, self.trace.site(f"{path}.weight"))
+                assert given is not None
+                place_input(self.model, path, given, text)
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]

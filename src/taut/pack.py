@@ -22,12 +22,14 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from taut.activations import SUFFIX, InputCode, check_layer, input_forms
 from taut.coding import Decoder, Encoder, PartSize
 from taut.errors import FormatError, did_you_mean
 from taut.files import write_atomically
 from taut.layers import Packed, pack_layer
 from taut.modules import device_of, owner, parametrization, parametrized_names
-from taut.recoding import FORMATS, PRECISIONS, Chain, PackedWeight, Plain
+from taut.packed import FORMATS, PRECISIONS, PackedWeight, Plain
+from taut.recoding import Chain
 
 _log = logging.getLogger("taut")
 
@@ -138,6 +140,12 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
             for name, packed in module.packed.items():
                 assert isinstance(packed, PackedWeight)
                 holds[prefix + name] = id(packed), packed
+            if module.input_code is not None:
+                inner.append(f"{prefix}input_code.")
+                holds[path + SUFFIX] = id(module.input_code), module.input_code
+    for path, form in input_forms(model):
+        inner.append(f"{path}.input_form.")
+        holds[path + SUFFIX] = id(form), form.pack()
     for name in parametrized_names(model):
         found = parametrization(model, name)
         assert found is not None
@@ -156,6 +164,7 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
         if not name.startswith(tuple(inner)):
             holds[name] = id(value), value
     order = {n: i for i, n in enumerate(plain)}
+    order |= {n: len(order) for n in holds if n.endswith(SUFFIX)}  # codes come last
     joined: dict[int, list[str]] = {}
     for name in sorted(holds, key=lambda n: order.get(n, -1)):
         joined.setdefault(holds[name][0], []).append(name)
@@ -223,18 +232,21 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     with _naming(path):
         state = _decode(entries, Decoder(stream))
     layers: dict[nn.Module, dict[str, PackedWeight]] = {}
+    codes: dict[nn.Module, InputCode] = {}
     with torch.no_grad():
         for names, packed in state.items():
             for name in names:
-                module, leaf = owner(model, name)
-                if isinstance(packed, Plain):
+                module, leaf = owner(model, name.replace(SUFFIX, ".input"))
+                if isinstance(packed, InputCode):
+                    codes[module] = packed
+                elif isinstance(packed, Plain):
                     held = getattr(module, leaf)
                     held.copy_(packed.dense().to(held.dtype))
                 else:
                     layers.setdefault(module, {})[leaf] = packed
     device = device_of(model)
-    for layer, weights in layers.items():
-        pack_layer(layer, weights)
+    for layer in (*layers, *(c for c in codes if c not in layers)):
+        pack_layer(layer, layers.get(layer, {}), codes.get(layer))
         layer.to(device)
     return model.eval()
 
@@ -394,7 +406,8 @@ def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
     if any(isinstance(m, Packed) for m in model.modules()):
         raise FormatError(f"{path}: the model is packed already; load into a freshly built one")
     wants = {n: tuple(t.shape) for n, t in _tensors(model).items()}
-    has = {n: e.shape for e in entries for n in e.names}
+    has = {n: e.shape for e in entries for n in e.names if not n.endswith(SUFFIX)}
+    _check_codes(entries, model)
     name = type(model).__name__
     lacking, extra = sorted(set(wants) - set(has)), sorted(set(has) - set(wants))
     if lacking or extra:
@@ -410,6 +423,19 @@ def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
                 f"{path} is of another model than {name}: {tensor} is {list(has[tensor])} in the "
                 f"file and {list(shape)} in the model"
             )
+
+
+def _check_codes(entries: list[_Entry], model: nn.Module) -> None:
+    """Codes of inputs stand under the names of layers that can take them, and nowhere else."""
+    for entry in entries:
+        codes = [n for n in entry.names if n.endswith(SUFFIX)]
+        if issubclass(FORMATS[entry.node[0]], InputCode) != (codes == list(entry.names)):
+            raise FormatError(
+                f"{entry.names[0]}: {entry.node[0]} stands where it cannot: what an input is "
+                f"rounded to goes by the name of a layer and {SUFFIX!r}, and nothing else does"
+            )
+        for name in codes:
+            check_layer(model, name)
 
 
 def _decode(entries: list[_Entry], coder: Decoder) -> dict[Names, PackedWeight]:
