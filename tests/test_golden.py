@@ -16,9 +16,10 @@ import xxhash
 from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
+from taut.container import DICTIONARY, encode
 from taut.kernels import Levels
 from taut.layers import packed_layers
-from taut.pack import DICTIONARY, encode, inspect, load
+from taut.pack import inspect, load
 from taut.packed import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
