@@ -159,7 +159,7 @@ class Signs(Form):
         least = self._threshold(core) if self.weights == "ternary" else 0.0
         used = (size > least).to(size.dtype)
         mean = (size * used).sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp(min=1)
-        return mean + (mean.bfloat16().to(mean.dtype) - mean).detach()  # as they are stored
+        return mean.bfloat16().to(mean.dtype)  # as they are stored
 
     def signs(self, core: Tensor) -> Tensor:
         """−1, 0 and +1, without gradients."""
@@ -173,7 +173,7 @@ class Signs(Form):
 
     def forward(self, core: Tensor) -> Tensor:
         passed = core if self.scaled else core.clamp(-1, 1)
-        signs = self.signs(core) + passed - passed.detach()
+        signs = self.signs(core) + (passed - passed.detach())
         return (self._rows(signs) * self.scales(core)).reshape(core.shape)
 
     def advance(self, core: Tensor, progress: float) -> None:
@@ -217,7 +217,7 @@ class Pair(InputForm):
         hard = torch.where(x >= self.middle, 1.0, -1.0).to(x.dtype)
         inside = at.clamp(-1, 1)
         soft = inside * (2 - inside.abs()) if self.bireal else inside
-        signs = hard.detach() + soft - soft.detach()
+        signs = hard + (soft - soft.detach())
         rounded: Tensor = self.middle + spread * signs
         return rounded
 

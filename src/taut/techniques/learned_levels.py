@@ -13,8 +13,8 @@ Gradients pass straight through; for inputs where they lie between the lowest an
 
 Zhang, Yang, Ye, Hua: LQ-Nets (ECCV 2018): a basis for each output and one for a layer's inputs.
 Where we differ: as a technique is put on a trained network, the basis is fitted to it by 20 rounds
-from k-means-like starts; negative inputs are allowed, as levels of ±1 with a middle, where the
-calibration data have some.
+from the best of four even starts; where the calibration data have inputs below zero, their levels
+lie around it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from taut.types import Site
 _log = logging.getLogger("taut")
 _KEPT = 0.9  # of the old basis, at each step
 _ROUNDS = 20
+_STARTS = (1.2, 1.6, 2.0, 2.6)  # the highest level, in mean magnitudes
 
 
 @register_step
@@ -135,6 +136,14 @@ def _codes(values: Tensor, basis: Tensor) -> Tensor:
     return order.gather(1, torch.searchsorted(thresholds.contiguous(), values, right=True))
 
 
+def _decoded(codes: Tensor, basis: Tensor) -> Tensor:
+    """What bits stand for: [rows, n] of codes [rows, n]."""
+    total = torch.zeros_like(codes, dtype=basis.dtype)
+    for p in range(basis.shape[1]):
+        total += ((codes >> p & 1) * 2 - 1) * basis[:, p, None]
+    return total
+
+
 def _improved(values: Tensor, used: Tensor, basis: Tensor) -> Tensor:
     """The least-squares basis for the bits that the present one gives.
 
@@ -180,13 +189,18 @@ class WeightLevels(Form):
 
     @torch.no_grad()
     def settle(self, core: Tensor) -> None:
-        """Fit the basis to a weight, from even levels up to twice its mean magnitude."""
+        """Fit the basis to a weight: the best of several starts, which are even levels."""
         values, used = self._matrix(core)
-        reach = values.abs().sum(1) / used.sum(1).clamp(min=1)
-        reach = reach * (1.0 if self.basis.shape[1] == 1 else 2.0)
-        self.basis.copy_(_start(self.basis.shape[1], reach).expand_as(self.basis))
-        for _ in range(_ROUNDS):
-            self.basis.copy_(self._fit(core, self.basis))
+        size = values.abs().sum(1) / used.sum(1).clamp(min=1)
+        best = values.new_full((len(values),), torch.inf)
+        for reach in _STARTS if self.basis.shape[1] > 1 else (1.0,):
+            basis = _start(self.basis.shape[1], reach * size)
+            for _ in range(_ROUNDS):
+                basis = _improved(values, used, basis)
+            error = ((values - _decoded(_codes(values, basis), basis)) * used).square().sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            self.basis.copy_(torch.where(better[:, None], basis, self.basis[: len(basis)]))
 
     def codes(self, core: Tensor) -> Tensor:
         """The bits of each weight as one number, [*shape] int64."""
@@ -203,10 +217,8 @@ class WeightLevels(Form):
                 new = self._fit(core, self.basis)
                 self.basis.copy_(_KEPT * self.basis + (1 - _KEPT) * new)
             codes = self.codes(core).reshape(len(self.basis) if self.by_row else 1, -1)
-            hard = torch.zeros_like(codes, dtype=core.dtype)
-            for p in range(self.basis.shape[1]):
-                hard += ((codes >> p & 1) * 2 - 1) * self.stored()[: len(codes), p, None]
-        return core + (hard.reshape(core.shape) - core).detach()
+            hard = _decoded(codes, self.stored()[: len(codes)]).to(core.dtype)
+        return hard.reshape(core.shape) + (core - core.detach())
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         codes = self.codes(core)
@@ -271,7 +283,7 @@ class InputLevels(InputForm):
             half = (levels[1:] + levels[:-1]) / 2
             hard = levels[torch.bucketize(x.detach().float(), half, right=True)].to(x.dtype)
         inside = x.clamp(float(levels[0]), float(levels[-1]))
-        return inside + (hard - inside).detach()
+        return hard + (inside - inside.detach())
 
     def pack(self) -> InputCode:
         return LevelCode(self.levels())
