@@ -308,7 +308,8 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     kept = int(mask(20, 20).sum())
     again = int(mask(kept).sum())
     expected = {
-        "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
+        "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
+        "integers": 404,
         "sparse_sparse": 400 + kept + again,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)
