@@ -1,5 +1,6 @@
 """The techniques, one file each. Importing this package registers them all."""
 
+from taut.techniques.add_shortcuts import AddShortcuts
 from taut.techniques.binarize import Binarize
 from taut.techniques.code_length import CodeLength
 from taut.techniques.l0_gates import L0Gates
@@ -9,6 +10,7 @@ from taut.techniques.share_values import ShareValues
 from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
+    "AddShortcuts",
     "Binarize",
     "CodeLength",
     "L0Gates",
