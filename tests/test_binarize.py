@@ -50,6 +50,23 @@ def test_three_values_by_the_threshold_of_the_paper(trained, task):
     torch.testing.assert_close(tensor_at(net, "3.weight").detach(), wanted)
 
 
+def test_two_trained_values(trained, task):
+    weight = trained[3].weight.detach().clone()
+    net = applied(clone(trained), task, weights="trained")
+    threshold = 0.05 * weight.abs().max()
+    up, down = weight[weight > threshold].mean(), -weight[weight < -threshold].mean()
+    wanted = up.bfloat16().float() * (weight > threshold)
+    wanted = wanted - down.bfloat16().float() * (weight < -threshold)
+    torch.testing.assert_close(tensor_at(net, "3.weight").detach(), wanted)
+    form = net[3].parametrizations.weight[0].forms[0]
+    form(core := torch.tensor([2.0, -1.0, 0.01], requires_grad=True)).sum().backward()
+    assert [float(form.up.grad), float(form.down.grad)] == [1.0, -1.0]
+    assert core.grad.tolist() == [float(v.detach()) for v in (*form._values(), torch.ones(()))]
+    packed = packed_state(net)["3.weight",]
+    torch.testing.assert_close(packed.dense(), wanted)
+    assert packed.planes == 3
+
+
 def test_signs_are_drawn_with_the_chance_that_the_weight_tells(trained, task):
     net = applied(clone(trained), task, weights="stochastic", scale="none").train()
     core = net[3].parametrizations.weight.original

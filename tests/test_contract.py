@@ -65,6 +65,7 @@ class TestBinarize(RecodingContract):
     under_test = (
         Binarize(ends=True),
         Binarize(ends=True, weights="ternary"),
+        Binarize(ends=True, weights="trained"),
         Binarize(ends=True, weights="stochastic", scale="none"),
         Binarize(ends=True, weights="ternary", scale="site"),
     )

@@ -2,6 +2,7 @@
 
     binary    W' = scale · sign(W)
     ternary   W' = scale · sign(W) where |W| > Δ, else 0,    Δ = 0.7 · mean |W|
+    trained   W' = up where W > Δ, −down where W < −Δ, else 0,    Δ = 0.05 · max |W|
     signs     x' = ±1: sign(x);    pair   x' = middle ± spread: the nearer of two fitted levels
 
 scale: the mean |W| of each row (or of the site) over the weights that are not zero, or 1; under a
@@ -12,10 +13,12 @@ signs), flat or as 2 − 2|x|.
 
 Courbariaux, Bengio, David: BinaryConnect (NIPS 2015): binary with scale="none", `stochastic` in
 training. Courbariaux, Hubara et al.: Binarized Neural Networks (2016): signs. Rastegari et al.:
-XNOR-Net (ECCV 2016): the scales. Li, Zhang, Liu: Ternary Weight Networks (2016): Δ. Liu et al.:
-Bi-Real Net (ECCV 2018): gradient="bireal". Where we differ: inputs have no scale for each place, as
-XNOR-Net has, but two levels fitted to what the layer reads, which a bit stands for all the same,
-so that networks with ReLU binarize as they are; a sign of 0 is +1.
+XNOR-Net (ECCV 2016): the scales. Li, Zhang, Liu: Ternary Weight Networks (2016): Δ. Zhu, Han, Mao,
+Dally: Trained Ternary Quantization (ICLR 2017): up and down, whose gradients are sums over their
+weights, and by which those of the weights are multiplied. Liu et al.: Bi-Real Net (ECCV 2018):
+gradient="bireal" (its shortcuts: add_shortcuts). Where we differ: inputs have no scale for each
+place, as XNOR-Net has, but two levels fitted to what the layer reads, which a bit stands for all the
+same, so that networks with ReLU binarize as they are; a sign of 0 is +1.
 
 The first and the last site stay as they are unless `ends` says otherwise.
 """
@@ -53,8 +56,9 @@ class Binarize(Recoding):
     """
 
     weights: str = option(
-        "binary", choices=("binary", "ternary", "stochastic"),
-        help="signs; signs and zeros; or signs that are drawn while training",
+        "binary", choices=("binary", "ternary", "trained", "stochastic"),
+        help="signs; signs and zeros; the same with two trained values for a site; or signs that "
+        "are drawn while training",
     )  # fmt: skip
     scale: str = option(
         "row", choices=("row", "site", "none"), help="of each row, of the site, or 1"
@@ -84,17 +88,19 @@ class Binarize(Recoding):
 
     @property
     def planes(self) -> int:
-        return 2 if self.weights == "ternary" else 1
+        return {"ternary": 2, "trained": 3}.get(self.weights, 1)
 
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
         whole = count == site.numel and len(site.shape) > 1
-        rows = site.shape[0] if self.scale == "row" and whole else 1
-        bits = 1.56 if self.weights == "ternary" else 1.0  # normal weights: 42 % are zero
+        rows = site.shape[0] if self.scale == "row" and whole and self.weights != "trained" else 1
+        bits = {"ternary": 1.56, "trained": 1.35}.get(self.weights, 1.0)  # roughly
         return count * bits / 8 + (1.35 * rows if self.scale != "none" else 2) * self.planes
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
+        if self.weights == "trained":
+            return TwoValues(), core
         return Signs(self.weights, self.scale, self.scale == "row" and core.dim() > 1), core
 
     def fit(
@@ -102,8 +108,13 @@ class Binarize(Recoding):
     ) -> tuple[Form, Tensor]:
         if not bool(core.isfinite().all()):
             raise RecipeError(f"binarize: site {site.name!r} holds NaN or infinite weights")
+        form, core = self.blank(core)
+        if isinstance(form, TwoValues):
+            core = core if matters is None else core * matters
+            form.settle(core)
+            return form, core
         if matters is None:
-            return self.blank(core)
+            return form, core
         return Signs(self.weights, self.scale, False), core * matters  # what is kept has no rows
 
     def blank_input(self, model: nn.Module, site: Site) -> InputForm | None:
@@ -190,6 +201,45 @@ class Signs(Form):
             codes = codes * 3 + (signs == 0).long()
             scales = scales.expand(-1, 2) / 2
         return BitWeight(codes if keep is None else codes[keep], Plain.of(scales.T, "bfloat16"))
+
+
+class TwoValues(Form):
+    """The core is the real weight; up and down, scalars, are what is not zero of it stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.ones(()))
+        self.down = nn.Parameter(torch.ones(()))
+
+    @torch.no_grad()
+    def settle(self, core: Tensor) -> None:
+        """Start at the means of the weights beyond the threshold."""
+        signs = self._signs(core)
+        for value, sign in ((self.up, 1), (self.down, -1)):
+            beyond = core.abs()[signs == sign]
+            value.copy_(beyond.mean() if beyond.numel() else torch.ones(()))
+
+    @staticmethod
+    def _signs(core: Tensor) -> Tensor:
+        held = core.detach()
+        return held.sign() * (held.abs() > 0.05 * held.abs().max())
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """Up and down as they are stored."""
+        return self.up.bfloat16().to(self.up.dtype), self.down.bfloat16().to(self.down.dtype)
+
+    def forward(self, core: Tensor) -> Tensor:
+        signs, (up, down) = self._signs(core), self._values()
+        above, below = (signs > 0).to(core.dtype), (signs < 0).to(core.dtype)
+        speed = torch.where(signs > 0, up.detach(), torch.where(signs < 0, down.detach(), 1.0))
+        return above * up - below * down + speed * (core - core.detach())
+
+    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
+        """Three planes, (up − down)/2, down/2, up/2: + + + is up, + − − is −down, + + − is zero."""
+        signs, (up, down) = self._signs(core), self._values()
+        codes = torch.where(signs > 0, 7, torch.where(signs < 0, 1, 3))
+        scale = torch.stack([(up - down) / 2, down / 2, up / 2])[:, None].detach()
+        return BitWeight(codes if keep is None else codes[keep], Plain.of(scale, "float32"))
 
 
 class Pair(InputForm):
