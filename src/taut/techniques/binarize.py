@@ -17,8 +17,8 @@ XNOR-Net (ECCV 2016): the scales. Li, Zhang, Liu: Ternary Weight Networks (2016)
 Dally: Trained Ternary Quantization (ICLR 2017): up and down, whose gradients are sums over their
 weights, and by which those of the weights are multiplied. Liu et al.: Bi-Real Net (ECCV 2018):
 gradient="bireal" (its shortcuts: add_shortcuts). Where we differ: inputs have no scale for each
-place, as XNOR-Net has, but two levels fitted to what the layer reads, which a bit stands for all the
-same, so that networks with ReLU binarize as they are; a sign of 0 is +1.
+place, as XNOR-Net has, but two levels fitted to what the layer reads, for which a bit stands all
+the same, so that networks with ReLU binarize as they are; a sign of 0 is +1.
 
 The first and the last site stay as they are unless `ends` says otherwise.
 """
@@ -26,6 +26,7 @@ The first and the last site stay as they are unless `ends` says otherwise.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,9 @@ class Binarize(Recoding):
     ) -> float:
         whole = count == site.numel and len(site.shape) > 1
         rows = site.shape[0] if self.scale == "row" and whole and self.weights != "trained" else 1
-        bits = {"ternary": 1.56, "trained": 1.35}.get(self.weights, 1.0)  # roughly
+        zeros = 0.15 if site.kind == "embedding" else 0.05  # of fresh weights, normal or uniform
+        entropy = 1 - zeros - zeros * math.log2(zeros) - (1 - zeros) * math.log2(1 - zeros)
+        bits = {"ternary": 1.56, "trained": entropy}.get(self.weights, 1.0)
         return count * bits / 8 + (1.35 * rows if self.scale != "none" else 2) * self.planes
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
