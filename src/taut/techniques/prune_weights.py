@@ -185,9 +185,12 @@ class PruneWeights(Recoding):
         kept = max(1, round((1 - self.sparsity) * count))
         if isinstance(self._cut, NOfM):
             kept = self._cut.kept(site.shape)
-        by_size = self.criterion == "magnitude" and not self._cut
-        bits = self._cut.position_bits(site.shape, kept) if self._cut else None
-        return sparse_bytes(count, kept, inner, by_size=by_size, position_bits=bits)
+        if self._cut is None:
+            among = 0.0 if self.criterion == "magnitude" else 0.6
+            return sparse_bytes(count, kept, inner, among=among)
+        bits = self._cut.position_bits(site.shape, kept)
+        among = 0.6 if isinstance(self._cut, NOfM) else 1.0
+        return sparse_bytes(count, kept, inner, among=among, position_bits=bits)
 
     def _fits(self, site: Site) -> None:
         """Raise RecipeError where a site is too small for the pattern."""
