@@ -48,7 +48,7 @@ FLOORS = (
     {"distillation"},
     {"objective"},
     {"recover", "measure", "pack"},
-    {"plan", "testing"},
+    {"plan", "testing", "angles"},
     {"compress"},
     {"report_data", "doctor", "sensitivity"},
     {"report"},
