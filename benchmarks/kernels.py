@@ -220,7 +220,7 @@ def patterns(b: Bench) -> list[Figure]:
     """Packed layers whose masks have a pattern, beside the plain layer."""
     side, _ = _dense(b)
     found = []
-    for text, zeros, batches in (("16x1", 0.9, ((1, 5), (64, 5))), ("2:4", 0.5, ((1, 2),))):
+    for text, zeros, batches in (("16x1", 0.9, ((1, 5), (64, 5))), ("2:4", 0.5, ((1, 1.5),))):
         plain, pattern = nn.Linear(side, side), Pattern.parse(text)
         weight, kept = plain.weight.detach(), round((1 - zeros) * side * side)
         mask = largest(weight.square(), kept, pattern=pattern)

@@ -24,7 +24,6 @@ class TestPatterns(RecodingContract):
         PruneWeights(pattern="4:8"),
         PruneWeights(pattern="4x1", sparsity=0.8, scope="global"),
         PruneWeights(pattern="16x1", sparsity=0.7),
-        PruneWeights(pattern="16x1", sparsity=0.6, scope="layer", criterion="obs"),
     )
 
 

@@ -275,6 +275,10 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
                    "the coded stream"),
     "blocks_dry": (entries(["a", [1 << 9, 1 << 10], BLOCKS], stream=b"\x99" * 24),
                    "the coded stream"),
+    "groups_thin": (
+        entries(["a", [1 << 20, 1], ["n_of_m.v1", {"keep": 1, "of": 128}, {"values": PLAIN}]]),
+        "the coded stream",
+    ),
     "integers_low": (scaled(-128, 0, ONE), r"numbers lie in \[-127, 127\] .* got \[-128, 0\]"),
     "integers_high": (scaled(0, 128, ONE), r"numbers lie in \[-127, 127\] .* got \[0, 128\]"),
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
@@ -299,6 +303,7 @@ KEPT = (
 GREAT = (
     "terabyte", "wide_void", "tall_void", "great_product", "zip_bomb", "list_bomb", "length_huge",
     "stream_dry", "groups_dry", "blocks_dry", "groups_void",
+    "groups_thin",
 )  # fmt: skip
 
 

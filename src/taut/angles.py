@@ -113,7 +113,7 @@ def held_at(model: nn.Module, name: str) -> Tensor:
 def _is_recoded(original: nn.Module, recoded: nn.Module, name: str) -> bool:
     module, leaf = owner(recoded, name)
     packed = isinstance(module, Packed) and leaf in module.packed
-    return packed or not torch.equal(tensor_at(original, name), held_at(recoded, name))
+    return packed or not torch.equal(tensor_at(original, name).cpu(), held_at(recoded, name).cpu())
 
 
 def _spread(each: Tensor) -> float:

@@ -215,22 +215,22 @@ class Coder(ABC):
         trust: float,
     ) -> Ints:  # fmt: skip
         """The bits, a few rows at a time, by the counts of all rows before them."""
-        groups = -(-columns // of)
+        groups, places = -(-columns // of), min(of, columns)
         width = np.minimum(of, columns - of * np.arange(groups))  # places of each group
-        given, out = None, np.zeros((rows, groups, of), dtype=np.int64)
+        given, out = None, np.zeros((rows, groups, places), dtype=np.int64)
         if mask is not None:
-            given = np.pad(mask, ((0, 0), (0, groups * of - columns))).reshape(out.shape)
-        in_column = np.zeros((groups, of), dtype=np.int64)
+            given = np.pad(mask, ((0, 0), (0, groups * places - columns))).reshape(out.shape)
+        in_column = np.zeros((groups, places), dtype=np.int64)
         start, information = 0, 0.0
         while start < rows:
             stop = min(rows, start + max(1, start // 8))
             density = (in_column + trust * (keep / of)) / (start + trust)
-            density *= np.arange(of) < width[:, None]
-            to_come = np.zeros((groups, of + 1))
-            for place in reversed(range(of)):
+            density *= np.arange(places) < width[:, None]
+            to_come = np.zeros((groups, places + 1))
+            for place in reversed(range(places)):
                 to_come[:, place] = to_come[:, place + 1] + density[:, place]
             left = np.tile(np.minimum(keep, width), (stop - start, 1))
-            for place in range(of):
+            for place in range(places):
                 open_ = (left > 0) & (left < width - place)
                 bits = (left > 0).astype(np.int64)
                 if open_.any():
@@ -243,7 +243,7 @@ class Coder(ABC):
                 left -= bits
             in_column += out[start:stop].sum(0)
             start = stop
-        lines = out.reshape(rows, groups * of)[:, :columns]
+        lines = out.reshape(rows, groups * places)[:, :columns]
         gaps = np.diff(lines.ravel().nonzero()[0], prepend=-1)
         huffman = huffman_bits(np.bincount(gaps)) if gaps.size else 0.0
         self._account(name, rows * columns, information, huffman)

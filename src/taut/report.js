@@ -129,7 +129,7 @@ function turned(element) {
   const places = rows.map((_, i) => i);
   const means = {
     type: "scatter", mode: "markers", y: places, x: rows.map((a) => a.angle),
-    error_x: {array: rows.map((a) => a.angle_spread), color: tone("after"), thickness: 1.5, width: 4},
+    error_x: {symmetric: false, array: rows.map((a) => a.angle_spread), arrayminus: rows.map((a) => Math.min(a.angle_spread, a.angle)), color: tone("after"), thickness: 1.5, width: 4},
     marker: {size: 9, color: tone("after")}, customdata: rows.map((a) => [a.angle_spread, a.length]),
     hovertemplate: "%{x:.2f}° ± %{customdata[0]:.2f}°, %{customdata[1]:.3f}× as long<extra></extra>",
   };
