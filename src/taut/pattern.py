@@ -7,7 +7,8 @@ or as a pattern says:
     R×1   blocks of R neighbouring rows and one column stay or go as one, by the sum of their scores
 
 Where R does not divide the rows, the last block of a column has fewer, and its sum is scaled up to
-that of a whole one. Nobody keeps more than was asked for.
+that of a whole one. A count of weights to keep is rounded down, to whole blocks, one at least, or
+to as many of every group, N at least.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class Blocks(Pattern):
 
     def choose(self, scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
         """The blocks of the largest sums whose weights are at most `count`, but one at least."""
-        if count == 0:
+        if count <= 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         there = torch.ones_like(scores, dtype=torch.bool) if among is None else among
         sizes = self._sums(there.long())
