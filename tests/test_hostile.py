@@ -37,8 +37,6 @@ PLAIN = ["plain.v1"]
 ONE = b"\x80\x3f"  # a bfloat16
 SHARED = ["shared_values.v1", {"entries": 4}, {"table": PLAIN}]
 SPARSE = ["sparse.v1", {}, {"values": PLAIN}]
-BLOCKS = ["blocks.v1", {"rows": 4}, {"values": PLAIN}]
-TWO_FOUR = ["n_of_m.v1", {"keep": 2, "of": 4}, {"values": PLAIN}]
 
 
 def signed(body: bytes) -> bytes:
@@ -250,35 +248,6 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     ),
     "values_missing": (weight(["sparse.v1"]), "sparse.v1 lacks its part 'values'"),
     "sparse_scalar": (entries(["a", [], SPARSE]), "needs a shape of at least one dimension"),
-    **{
-        f"rows_{name}": (weight(["blocks.v1", {"rows": value}]), "rows must be 4 or 16, got")
-        for name, value in (("bool", True), ("float", 4.0), ("eight", 8), ("huge", HUGE))
-    },
-    "rows_missing": (weight(["blocks.v1", {}, {"values": PLAIN}]), "4 or 16, got None"),
-    "blocks_vector": (entries(["a", [8], BLOCKS]), "shape of at least two dimensions .* got"),
-    "blocks_void": (entries(["a", [1 << 39, 0], BLOCKS]), "claim 549,755,813,888 numbers"),
-    "blocks_bare": (weight(["blocks.v1", {"rows": 4}]), "lacks its part 'values'"),
-    **{
-        f"groups_{name}": (
-            weight(["n_of_m.v1", {"keep": keep, "of": of}, {"values": PLAIN}]),
-            "it must keep N of M with 0 < N < M <= 128, got",
-        )
-        for name, keep, of in (
-            ("none", 0, 4), ("all", 4, 4), ("bool", True, 4), ("float", 2, 4.0), ("wide", 2, 129),
-            ("huge", 2, HUGE), ("text", "2", 4),
-        )
-    },
-    "groups_missing": (weight(["n_of_m.v1", {"keep": 2}]), "got 2 of None"),
-    "groups_scalar": (entries(["a", [], TWO_FOUR]), "needs a shape of at least one dimension"),
-    "groups_void": (entries(["a", [1 << 39, 0], TWO_FOUR]), "claim 549,755,813,888 numbers"),
-    "groups_dry": (entries(["a", [1 << 9, 1 << 10], TWO_FOUR], stream=b"\x99" * 24),
-                   "the coded stream"),
-    "blocks_dry": (entries(["a", [1 << 9, 1 << 10], BLOCKS], stream=b"\x99" * 24),
-                   "the coded stream"),
-    "groups_thin": (
-        entries(["a", [1 << 20, 1], ["n_of_m.v1", {"keep": 1, "of": 128}, {"values": PLAIN}]]),
-        "the coded stream",
-    ),
     "integers_low": (scaled(-128, 0, ONE), r"numbers lie in \[-127, 127\] .* got \[-128, 0\]"),
     "integers_high": (scaled(0, 128, ONE), r"numbers lie in \[-127, 127\] .* got \[0, 128\]"),
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
@@ -293,17 +262,15 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
                    "the coded stream"),
 }  # fmt: skip
 KEPT = (
-    "alias_of_itself", "blocks_dry", "blocks_vector", "bracket_bomb", "deep_scalar",
-    "entries_bool", "entries_huge", "groups_dry", "groups_wide", "hundreds_deep", "length_padded",
-    "name_escape", "name_surrogate", "pickle", "pickled_header",
+    "alias_of_itself", "bracket_bomb", "deep_scalar", "entries_bool", "entries_huge",
+    "hundreds_deep", "length_padded", "name_escape", "name_surrogate", "pickle", "pickled_header",
     "scalars_nested", "size_bool", "size_infinite", "stream_dry", "stream_goes_on", "tall_void",
     "terabyte", "version_2", "zip_bomb",
 )  # fmt: skip
 
 GREAT = (
     "terabyte", "wide_void", "tall_void", "great_product", "zip_bomb", "list_bomb", "length_huge",
-    "stream_dry", "groups_dry", "blocks_dry", "groups_void",
-    "groups_thin",
+    "stream_dry",
 )  # fmt: skip
 
 
@@ -443,8 +410,7 @@ def test_every_flipped_bit_under_a_valid_checksum_is_refused_or_read(tmp_path: P
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["weight", "plain.v1", "sparse.v1", "shared_values.v1", "as", "int64"])
-    | st.sampled_from(["blocks.v1", "n_of_m.v1"]),
+    | st.sampled_from(["weight", "plain.v1", "sparse.v1", "shared_values.v1", "as", "int64"]),
     lambda inner: st.lists(inner, max_size=4)
     | st.dictionaries(st.sampled_from(["as", "entries", "table", "values"]), inner, max_size=3),
     max_leaves=12,
@@ -455,11 +421,6 @@ NODES = st.recursive(
     ),
     lambda inner: st.one_of(
         st.builds(lambda v: ["sparse.v1", {}, {"values": v}], inner),
-        st.builds(lambda v: ["blocks.v1", {"rows": 4}, {"values": v}], inner),
-        st.builds(
-            lambda n, m, v: ["n_of_m.v1", {"keep": n, "of": m}, {"values": v}],
-            st.integers(1, 3), st.integers(4, 9), inner,
-        ),
         st.builds(
             lambda n, t: ["shared_values.v1", {"entries": n}, {"table": t}],
             st.integers(0, 256), inner,
