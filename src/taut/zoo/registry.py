@@ -49,11 +49,12 @@ OPTIONS: Mapping[str, Rule] = {
     "aux": Rule(choices=(False, True), remedy="True adds the heads that help in training"),
     "size": Rule(low=8, remedy="it is the height and width of the images, in pixels"),
     "stride": Rule(low=1, high=4, remedy="2 makes the work a quarter"),
-    "layers": Rule(low=1, remedy="a network has a layer"),
+    "layers": Rule(low=1, high=100, remedy="a network has some layers, and not hundreds"),
 }
 """The options that several networks share."""
 
 _NETS: dict[str, Callable[..., nn.Module]] = {}
+_RULES: dict[str, Mapping[str, Rule]] = {}
 
 
 def architecture(**rules: Rule) -> Callable[[Callable[P, N]], Callable[P, N]]:
@@ -64,31 +65,40 @@ def architecture(**rules: Rule) -> Callable[[Callable[P, N]], Callable[P, N]]:
     """
 
     def register(build: Callable[P, N]) -> Callable[P, N]:
-        defaults = {n: p.default for n, p in inspect.signature(build).parameters.items()}
-        held = {n: rules.get(n) or OPTIONS[n] for n in defaults}
+        name = build.__name__
 
         @functools.wraps(build)
         def checked(*args: P.args, **options: P.kwargs) -> N:
-            for name, value in options.items():
-                _check(build.__name__, name, value, defaults, held)
+            check(name, options)
             return build(*args, **options)
 
-        _NETS[build.__name__] = checked
+        _NETS[name] = checked
+        _RULES[name] = {n: rules.get(n) or OPTIONS[n] for n in defaults(name)}
         return checked
 
     return register
 
 
-def _check(
-    net: str, name: str, value: Any, defaults: Mapping[str, Any], rules: Mapping[str, Rule]
-) -> None:
-    if name not in defaults:
-        raise ZooError(f"{net} has no option {name!r}{did_you_mean(name, defaults)}")
-    kind, rule = type(defaults[name]), rules[name]
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ZooError(f"{net}: {name} must be {kind.__name__}, got {value!r}; {rule.remedy}")
-    if not rule.allows(value):
-        raise ZooError(f"{net}: {name} must be {rule}, got {value!r}; {rule.remedy}")
+def defaults(name: str) -> dict[str, Any]:
+    """The options of a network, with their defaults. Raises ZooError for an unknown name."""
+    if name not in _NETS:
+        raise ZooError(f"the zoo has no network {name!r}{did_you_mean(name, _NETS, count=3)}")
+    return {n: p.default for n, p in inspect.signature(_NETS[name]).parameters.items()}
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ZooError for an option that the network does not have, or a value out of range."""
+    known = defaults(name)
+    for option, value in options.items():
+        if option not in known:
+            raise ZooError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
+        kind, rule = type(known[option]), _RULES[name][option]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ZooError(
+                f"{name}: {option} must be {kind.__name__}, got {value!r}; {rule.remedy}"
+            )
+        if not rule.allows(value):
+            raise ZooError(f"{name}: {option} must be {rule}, got {value!r}; {rule.remedy}")
 
 
 def names() -> tuple[str, ...]:
@@ -110,6 +120,5 @@ def create(name: str, **options: Any) -> nn.Module:
     >>> sum(p.numel() for p in net.parameters())
     823434
     """
-    if name not in _NETS:
-        raise ZooError(f"the zoo has no network {name!r}{did_you_mean(name, _NETS, count=3)}")
+    check(name, options)
     return _NETS[name](**options)
