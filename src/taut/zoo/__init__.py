@@ -1,9 +1,9 @@
 """Reference architectures, with the exact parameter counts of their papers.
 
->>> import taut
+>>> import taut, torch
 >>> net = taut.zoo.create("mobilenet_v1", width=0.5, classes=10, in_channels=1, stem="small")
 >>> taut.trace(net, ((torch.zeros(1, 1, 28, 28),), {})).macs
-10130432
+10865216
 
 `names()` lists them; each is a function here too, whose docstring gives paper, shapes, parameters
 and work: `help(taut.zoo.mobilenet_v1)`.
