@@ -1,5 +1,8 @@
 """Students: another network in the original's place, trained, stored, reloaded, or refused."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import digits_task
@@ -249,3 +252,25 @@ def test_tensors_of_another_student_do_not_fit(task, tmp_path):
     path.write_bytes(encode(state, edits.to_json([other])))
     with pytest.raises(FormatError, match=r"is \[6, 1, 3, 3\] in the file and \[8, 1, 3, 3\] in"):
         taut.load(path, teacher())
+
+
+GOLDEN = Path(__file__).parent / "golden" / "zoo" / "student.taut"
+
+
+def test_a_golden_file_gives_the_student_to_the_last_bit():
+    """Written anew by `TAUT_WRITE_GOLDEN=1`, as in test_golden.py."""
+    options = {"vocabulary": 4, "embedding": 3, "hidden": 2}
+    edit = FromZoo(net="gru_language_model", options=options)
+    shapes = {
+        "embedding.weight": (4, 3), "gru.weight_ih_l0": (6, 3), "gru.weight_hh_l0": (6, 2),
+        "gru.bias_ih_l0": (6,), "gru.bias_hh_l0": (6,), "head.weight": (4, 2), "head.bias": (4,),
+    }  # fmt: skip
+    state = {n: torch.arange(torch.Size(s).numel()).reshape(s) / 8 for n, s in shapes.items()}
+    written = encode({(n,): Plain.of(t) for n, t in state.items()}, edits.to_json([edit]))
+    if os.environ.get("TAUT_WRITE_GOLDEN"):
+        GOLDEN.write_bytes(written)
+    assert written == GOLDEN.read_bytes()
+    loaded = taut.load(GOLDEN, LstmLanguageModel(4))
+    assert edits.of(loaded) == (edit,)
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())

@@ -1,9 +1,13 @@
 """The zoo's networks by name: published counts, documented figures, small images, bad options."""
 
+import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 from torch.nn import functional as F
 
@@ -180,6 +184,20 @@ def test_trace_counts_what_the_layers_do(name, options):
     found = taut.trace(net, ((x,), {}))
     assert 2 * found.macs == work(net, x)[0]
     assert found.parameters == parameters(net)
+
+
+GOLDEN = Path(__file__).parent / "golden" / "zoo" / "layers.json"
+
+
+def test_layers_keep_their_names_and_shapes():
+    """A file of a student names them. Written anew by `TAUT_WRITE_GOLDEN=1`."""
+    found = {}
+    for name in zoo.names():
+        shapes = [(n, list(t.shape)) for n, t in blank(name).state_dict().items()]
+        found[name] = xxhash.xxh3_64_hexdigest(json.dumps(shapes).encode())
+    if os.environ.get("TAUT_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 # Images
