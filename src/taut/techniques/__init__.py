@@ -1,10 +1,23 @@
 """The techniques, one file each. Importing this package registers them all."""
 
+from taut.techniques.add_shortcuts import AddShortcuts
+from taut.techniques.binarize import Binarize
 from taut.techniques.code_length import CodeLength
 from taut.techniques.l0_gates import L0Gates
+from taut.techniques.learned_levels import LearnedLevels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.share_values import ShareValues
 from taut.techniques.student import Student
 from taut.techniques.variational_dropout import VariationalDropout
 
-__all__ = ["CodeLength", "L0Gates", "PruneWeights", "ShareValues", "Student", "VariationalDropout"]
+__all__ = [
+    "AddShortcuts",
+    "Binarize",
+    "CodeLength",
+    "L0Gates",
+    "LearnedLevels",
+    "PruneWeights",
+    "ShareValues",
+    "Student",
+    "VariationalDropout",
+]
