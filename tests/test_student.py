@@ -244,6 +244,21 @@ def test_hostile_students_are_refused_without_their_memory(options, said, tmp_pa
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+def test_a_student_is_the_first_edit(task, tmp_path):
+    student = placed(teacher(), task, Student(net="vgg_small", width=0.08))
+    again = placed(student, task, Student(net="vgg_small", width=0.05))
+    assert len(edits.of(again)) == 1  # nothing of the first is left
+    path = tmp_path / "bad.taut"
+    changes = edits.to_json([*edits.of(student), *edits.of(again)])
+    state = {(n,): Plain.of(t) for n, t in again.state_dict().items()}
+    path.write_bytes(encode(state, changes))
+    with pytest.raises(FormatError, match="replaces a whole network; it must come first"):
+        taut.load(path, teacher())
+    taut.pack(again, path)
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(taut.load(path, teacher())(x), again.eval()(x), atol=0.01, rtol=0.01)
+
+
 def test_tensors_of_another_student_do_not_fit(task, tmp_path):
     student = placed(teacher(), task, Student(net="vgg_small", width=0.05))
     state = {(n,): Plain.of(t) for n, t in student.state_dict().items()}

@@ -133,7 +133,10 @@ def _dtype(model: nn.Module) -> torch.dtype:
 @register_edit
 @dataclass(frozen=True, kw_only=True)
 class FromZoo(Edit):
-    """Another network in the place of the whole: one of the zoo, with these options."""
+    """Another network in the place of the whole: one of the zoo, with these options.
+
+    It is the first edit of a file.
+    """
 
     net: str
     options: dict[str, int | float | str | bool]
@@ -154,6 +157,8 @@ class FromZoo(Edit):
         return built
 
     def replay(self, model: nn.Module) -> nn.Module:
+        if edits.of(model):  # what came before would be in vain, and thousands would take hours
+            raise FormatError("from_zoo: a student replaces a whole network; it must come first")
         student = self.blank(model).to(_dtype(model)).to_empty(device=device_of(model))
         with torch.no_grad():
             for tensor in (*student.parameters(), *student.buffers()):
