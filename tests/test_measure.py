@@ -1,9 +1,14 @@
 """Measuring: every figure against one computed another way."""
 
+import functools
+import sys
+
 import pytest
 import torch
 from conftest import small_net
+from nets import Net
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import taut
@@ -77,11 +82,23 @@ def test_decoded_copies_count_where_layers_run_dense(tmp_path, trained, task):
     assert peak_memory(net, example) >= tensor_bytes(net)
 
 
-def test_a_slower_network_takes_longer():
-    small, large = nn.Linear(64, 64), nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
-    quick = latency(small, ((torch.zeros(1, 64),), {}), 1)
-    slow = latency(large, ((torch.zeros(1, 512),), {}), 1)
-    assert slow.median_ms > 3 * quick.median_ms
+def test_a_network_takes_the_time_of_a_forward(monkeypatch):
+    """By a clock that only the network moves: 2 ms, and 5 ms for every other batch."""
+    now = 0.0
+
+    def forward(_, x):
+        nonlocal now
+        now += 2e-3 if len(x) == 1 else 5e-3
+        return x
+
+    invented = functools.partial(Timer, timer=lambda: now)
+    monkeypatch.setattr(sys.modules[latency.__module__], "Timer", invented)
+    one, many = (latency(Net(forward), ((torch.zeros(n, 4),), {}), n) for n in (1, 64))
+    assert (one.median_ms, many.median_ms) == (pytest.approx(2), pytest.approx(5))
+    assert (one.iqr_ms, many.iqr_ms) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+    assert (one.batch, many.batch) == (1, 64)
+    assert one.threads == torch.get_num_threads()
+    assert one.runs > 1
 
 
 def test_measuring_changes_nothing(trained, task):

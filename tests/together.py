@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -121,3 +122,6 @@ if __name__ == "__main__":
     found = train() if sys.argv[2] == "train" else compress(folder)
     if processes.is_main():
         torch.save(found, folder / f"{sys.argv[2]}.pt")
+    group = weakref.ref(torch.distributed.group.WORLD)
+    processes.part()
+    assert group() is None, "something holds the group, whose threads outlive Python then"

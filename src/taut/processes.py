@@ -7,10 +7,15 @@ what came out, so that all decide alike.
 from __future__ import annotations
 
 import atexit
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+
+# Before there is a group: its functions take the group of the moment as an argument's default, and
+# would hold it to the very end if PyTorch imported them later.
+import torch.distributed.nn.functional
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
@@ -24,9 +29,16 @@ def state() -> PartialState:
 
 
 @atexit.register
-def _part() -> None:
-    """Wait for the others and hang up: a process that leaves earlier can end in an abort."""
+def part() -> None:
+    """Hang up while Python still runs; nothing can be sent or gathered afterwards.
+
+    A thread of gloo's lets go of the tensors it sent a while after they arrived. Where Python is
+    already ending by then, that aborts the process ("terminate called without an active
+    exception"; pytorch/pytorch#190489). The end of the group joins its threads, so nothing may
+    hold the group any longer, not even in a cycle.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
