@@ -4,7 +4,14 @@ import pytest
 
 from taut.recoding import Recoding
 from taut.technique import techniques
-from taut.techniques import CodeLength, L0Gates, PruneWeights, ShareValues, VariationalDropout
+from taut.techniques import (
+    CodeLength,
+    L0Gates,
+    PruneWeights,
+    ShareValues,
+    StructuredMatrix,
+    VariationalDropout,
+)
 from taut.testing import RecodingContract
 
 
@@ -23,6 +30,15 @@ class TestShareValues(RecodingContract):
         ShareValues(),
         ShareValues(bits=8),
         ShareValues(bits=3, init="random"),
+    )
+
+
+class TestStructuredMatrix(RecodingContract):
+    under_test = (
+        StructuredMatrix(),
+        StructuredMatrix(block=14),
+        StructuredMatrix(structure="toeplitz", start="scratch"),
+        StructuredMatrix(structure="kronecker", terms=3),
     )
 
 

@@ -3,7 +3,9 @@
 After a change of the format on purpose: `TAUT_WRITE_GOLDEN=1 pytest tests/test_golden.py`.
 """
 
+import itertools
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -18,6 +20,14 @@ from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
+from taut.structured_weight import (
+    BlockCirculant,
+    BlockToeplitz,
+    CirculantWeight,
+    Kronecker,
+    KroneckerWeight,
+    ToeplitzWeight,
+)
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
 
@@ -85,6 +95,48 @@ def sparse_sparse(*shape: int) -> PackedWeight:
     return SparseWeight(kept, SparseWeight(inner, Plain.of(numbers(*shape)[kept][inner])))
 
 
+def circulant(*shape: int) -> PackedWeight:
+    structure = BlockCirculant(shape=shape, block=4)
+    return CirculantWeight(structure, Plain.of(numbers(*structure.generators)))
+
+
+def toeplitz(*shape: int) -> PackedWeight:
+    structure = BlockToeplitz(shape=shape, block=3)
+    return ToeplitzWeight(structure, Plain.of(numbers(*structure.generators)))
+
+
+def kronecker(*shape: int) -> PackedWeight:
+    structure = Kronecker(shape=shape, high=1, wide=2, terms=2)
+    return KroneckerWeight(structure, Plain.of(numbers(*structure.generators)))
+
+
+def dense_blocks(shape: tuple[int, ...], b: int, diagonals: int) -> Tensor:
+    """One entry after another: inputs are counted last; i - j chooses from each block's numbers."""
+    out, window = torch.zeros(shape), math.prod(shape[2:])
+    flat, (rows, inputs) = out.reshape(*shape[:2], window), shape[:2]
+    across = -(-inputs * window // b)
+    g = numbers(-(-rows // b), across, diagonals)
+    for i, c, place in itertools.product(range(rows), range(inputs), range(window)):
+        j = place * inputs + c
+        offset = (i - j) % b if diagonals == b else i % b - j % b + b - 1
+        flat[i, c, place] = g[i // b, j // b, offset]
+    return out
+
+
+def dense_kronecker(*shape: int) -> Tensor:
+    """One entry after another: A is as high as the matrix and half as wide, B is one row of two."""
+    out, window = torch.zeros(shape), math.prod(shape[2:])
+    flat, (rows, inputs) = out.reshape(*shape[:2], window), shape[:2]
+    half = inputs * window // 2
+    g = numbers(2 * rows * half + 2 * 2)
+    for i, c, place in itertools.product(range(rows), range(inputs), range(window)):
+        j = place * inputs + c
+        for t in range(2):
+            a = g[(t * rows + i) * half + j // 2]
+            flat[i, c, place] += a * g[2 * rows * half + 2 * t + j % 2]
+    return out
+
+
 def dense_sparse_sparse(*shape: int) -> Tensor:
     """One place after another, as a person would."""
     out, seen = [], 0
@@ -111,6 +163,9 @@ WRITTEN = {
     "integers": integers,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
+    "circulant": circulant,
+    "toeplitz": toeplitz,
+    "kronecker": kronecker,
 }
 MEANT = {
     "plain": numbers,
@@ -119,6 +174,9 @@ MEANT = {
     "integers": numbers,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
+    "circulant": lambda *shape: dense_blocks(shape, 4, 4),
+    "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
+    "kronecker": dense_kronecker,
 }
 NODES: dict[str, Any] = {
     "plain": ["plain.v1"],
@@ -131,6 +189,13 @@ NODES: dict[str, Any] = {
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
+    "circulant": ["circulant.v1", {"block": 4}, {"generators": ["plain.v1"]}],
+    "toeplitz": ["toeplitz.v1", {"block": 3}, {"generators": ["plain.v1"]}],
+    "kronecker": [
+        "kronecker.v1",
+        {"high": 1, "wide": 2, "terms": 2},
+        {"generators": ["plain.v1"]},
+    ],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -236,7 +301,7 @@ def test_every_format_has_a_golden_file() -> None:
     }
     assert found == {n for n in FORMATS if FORMATS[n].__module__.startswith("taut.")}
     total_bytes = sum(p.stat().st_size for p in FOLDER.glob("*.taut"))
-    assert total_bytes < 8000
+    assert total_bytes < 12000
 
 
 def test_the_account_of_a_golden_file(name: str) -> None:
@@ -247,6 +312,7 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     again = int(mask(kept).sum())
     expected = {
         "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
-        "sparse_sparse": 400 + kept + again,
+        "sparse_sparse": 400 + kept + again, "circulant": 5 * 5 * 4, "toeplitz": 7 * 7 * 5,
+        "kronecker": 2 * (20 * 10 + 2),
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

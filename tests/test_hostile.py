@@ -253,6 +253,40 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
     "step_nan": (scaled(0, 1, b"\xc0\x7f", 0, 1), "steps above 0, got .* and nan"),
     "integers_unfilled": (scaled(-1, 2, ONE, 0, 1), r"do not fill \[-1, 2\]"),
+    **{
+        f"{structure}_{name}": (
+            weight([f"{structure}.v1", scalars, {"generators": PLAIN}]), message
+        )
+        for structure in ("circulant", "toeplitz")
+        for name, scalars, message in (
+            ("missing", {}, "block must be a whole number, got None"),
+            ("bool", {"block": True}, "block must be a whole number, got True"),
+            ("float", {"block": 2.0}, "block must be a whole number, got 2.0"),
+            ("none", {"block": 0}, r"block must lie in \[1, 4\] \(its inputs\), got .*0"),
+            ("wide", {"block": 5}, r"block must lie in \[1, 4\] \(its inputs\), got .*5"),
+            ("huge", {"block": HUGE}, r"block must lie in \[1, 4\]"),
+            ("more", {"block": 2, "terms": 1}, "scalars or parts that do nothing"),
+        )
+    },
+    **{
+        f"kronecker_{name}": (
+            weight(["kronecker.v1", scalars, {"generators": PLAIN}]), message
+        )
+        for name, scalars, message in (
+            ("missing", {"high": 1, "wide": 2}, "terms must be a whole number, got None"),
+            ("uneven", {"high": 2, "wide": 2, "terms": 1}, "high must divide 3, got .*'high': 2"),
+            ("none", {"high": 1, "wide": 0, "terms": 1}, "wide must divide 4"),
+            ("below", {"high": -1, "wide": 2, "terms": 1}, "high must divide 3"),
+            ("huge", {"high": 1, "wide": HUGE, "terms": 1}, "wide must divide 4"),
+            ("terms", {"high": 1, "wide": 2, "terms": 3}, r"terms must lie in \[1, 2\]"),
+            ("endless", {"high": 1, "wide": 2, "terms": HUGE}, r"terms must lie in \[1, 2\]"),
+        )
+    },
+    "structure_empty": (
+        entries(["a", [0, 4], ["circulant.v1", {"block": 2}, {"generators": PLAIN}]]),
+        r"circulant.v1 needs a shape of numbers, got \[0, 4\]",
+    ),
+    "generators_missing": (weight(["circulant.v1", {"block": 2}]), "lacks its part 'generators'"),
     # ---- the stream
     "stream_missing": (weight(SHARED), "the coded stream"),
     "stream_random": (weight(PLAIN, bytes(range(7, 47))), "the coded stream"),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taut.aim import Aim
 from taut.errors import RecipeError
@@ -49,15 +49,18 @@ def check(recipe: Recipe, trace: Trace) -> None:
     follows.
     """
     _check_schedules(recipe, trace)
-    cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
+    bare: Tensor | None = None
+    cores = {s.name: [("", torch.zeros(()).expand(s.shape), bare)] for s in trace.places}
     for step in recipe.steps:
         for site in step.sites(trace) if isinstance(step, Technique) else ():
             stack = cores[site.name]
             if isinstance(step, Recoding):
                 if stack[-1][0] == step.name:  # it would be written anew
                     stack.pop()
-                step.accepts(site, tuple(stack[-1][1].shape))
-                stack.append((step.name, step.blank(stack[-1][1])[1]))
+                _, core, matters = stack[-1]
+                step.check(site, tuple(core.shape), matters is not None)
+                form, new = step.blank(core)
+                stack.append((step.name, new, form.matters(new, matters)))
 
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:

@@ -354,6 +354,21 @@ class Recoding(Technique):
         """Raise RecipeError where a core of this shape, at this site, cannot be recoded."""
         return None
 
+    @property
+    def needs_all(self) -> bool:
+        """Whether it writes whole cores only, not the entries that a mask before it kept."""
+        return False
+
+    def check(self, site: Site, shape: tuple[int, ...], masked: bool) -> None:
+        """Raise RecipeError where it cannot follow what the site carries: a core of this shape,
+        of which a mask may have kept a part."""
+        self.accepts(site, shape)
+        if masked and self.needs_all:
+            raise RecipeError(
+                f"{self.name}: site {site.name!r} is masked, and {self} writes whole blocks, in "
+                "which no weight can be left out; prune nothing there, or share single values"
+            )
+
     @abstractmethod
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         """An unfitted form and core for a core of this shape; a checkpoint fills them in."""
@@ -394,7 +409,7 @@ class Recoding(Technique):
             matters: Tensor | None = None
             for form, its_core in stages:
                 matters = form.matters(its_core, matters)
-            self.accepts(site, tuple(held.shape))
+            self.check(site, tuple(held.shape), matters is not None)
             matters = None if matters is None else matters.cpu()
             form, new = self.fit(held.cpu(), matters, site, statistics)
         if links is not None and again:
