@@ -30,6 +30,9 @@ class TestShareValues(RecodingContract):
         ShareValues(),
         ShareValues(bits=8),
         ShareValues(bits=3, init="random"),
+        ShareValues(bits=4, symmetric=True, weigh="inputs"),
+        ShareValues(bits=8, vector=8),
+        ShareValues(bits=6, vector=4, symmetric=True, weigh="inputs"),
     )
 
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import taut
+from taut.clusters import k_means
 from taut.errors import RecipeError
 from taut.modules import clone, tensor_at
 from taut.recoding import chain, core
 from taut.techniques import PruneWeights, ShareValues
-from taut.techniques.share_values import _k_means
 from taut.trace import trace
 
 
@@ -37,13 +37,13 @@ def test_each_weight_takes_its_nearest_centroid_and_each_centroid_its_mean(init)
 
 def test_linear_start_covers_the_range_evenly():
     values = torch.cat([torch.tensor([-1.0, 1.0]), 0.01 * torch.randn(1000)])
-    table = _k_means(values, 4, "linear", 0)
+    table = k_means(values, 4, "linear", 0)
     torch.testing.assert_close(table, torch.tensor([-1.0, -1 / 3, 1 / 3, 1.0]))
 
 
 def test_the_hole_that_pruning_leaves_wastes_no_centroid():
     values = torch.cat([torch.linspace(1.0, 1.5, 500), torch.linspace(-1.5, -1.0, 500)])
-    table = _k_means(values, 16, "linear", 50)
+    table = k_means(values, 16, "linear", 50)
     nearest = (values[:, None] - table[None]).abs().argmin(1)
     assert len(nearest.unique()) == 16
     assert float((values - table[nearest]).abs().max()) < 0.06
@@ -76,7 +76,7 @@ def test_under_a_mask_zeros_stay_zero_and_do_not_count(trained, task):
     taut.apply(net, ShareValues(bits=4), task, taut.trace(trained, task.example()))
     shared = tensor_at(net, "0.weight").detach()
     assert torch.equal(shared != 0, mask)
-    alone = _k_means(kept, 16, "linear", 50)
+    alone = k_means(kept, 16, "linear", 50)
     assert torch.equal(shared[mask].unique(), alone[torch.isin(alone, shared[mask])].unique())
 
 
