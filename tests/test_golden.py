@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
+from taut.shared_vectors import Mirrored, SharedVectors
 from taut.sparse_weight import SparseWeight
 from taut.structured_weight import (
     BlockCirculant,
@@ -79,6 +80,18 @@ def shared(*shape: int) -> PackedWeight:
     return SharedValues(index(torch.Size(shape).numel()).reshape(shape), Plain.of(TABLE))
 
 
+def vectors(*shape: int) -> PackedWeight:
+    """Five vectors of four; the last of a row may stick out."""
+    across = -(-math.prod(shape[1:]) // 4)
+    which = index(shape[0] * across).reshape(shape[0], across)
+    return SharedVectors(which, Plain.of(numbers(20)), 4, shape)
+
+
+def mirrored(*shape: int) -> PackedWeight:
+    which = index(torch.Size(shape).numel()).reshape(shape)
+    return SharedValues(which, Mirrored(Plain.of(TABLE[2:])))
+
+
 def integers(*shape: int) -> PackedWeight:
     return Integers((numbers(*shape) * 16).long(), torch.tensor(0.0625))
 
@@ -108,6 +121,21 @@ def toeplitz(*shape: int) -> PackedWeight:
 def kronecker(*shape: int) -> PackedWeight:
     structure = Kronecker(shape=shape, high=1, wide=2, terms=2)
     return KroneckerWeight(structure, Plain.of(numbers(*structure.generators)))
+
+
+def dense_vectors(*shape: int) -> Tensor:
+    """One entry after another, as a person would."""
+    columns = math.prod(shape[1:])
+    across = -(-columns // 4)
+    which, out = index(shape[0] * across), torch.zeros(shape[0], columns)
+    for i, j in itertools.product(range(shape[0]), range(columns)):
+        out[i, j] = numbers(20)[4 * int(which[i * across + j // 4]) + j % 4]
+    return out.reshape(shape)
+
+
+def dense_mirrored(*shape: int) -> Tensor:
+    signs = torch.tensor([0.0, 0.25, 1.0, -0.0, -0.25, -1.0])
+    return signs[index(torch.Size(shape).numel())].reshape(shape)
 
 
 def dense_blocks(shape: tuple[int, ...], b: int, diagonals: int) -> Tensor:
@@ -163,6 +191,8 @@ WRITTEN = {
     "integers": integers,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
+    "shared_vectors": vectors,
+    "mirrored": mirrored,
     "circulant": circulant,
     "toeplitz": toeplitz,
     "kronecker": kronecker,
@@ -174,6 +204,8 @@ MEANT = {
     "integers": numbers,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
+    "shared_vectors": dense_vectors,
+    "mirrored": dense_mirrored,
     "circulant": lambda *shape: dense_blocks(shape, 4, 4),
     "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
     "kronecker": dense_kronecker,
@@ -189,6 +221,16 @@ NODES: dict[str, Any] = {
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
+    "shared_vectors": [
+        "shared_vectors.v1",
+        {"entries": 5, "width": 4},
+        {"table": ["plain.v1"]},
+    ],
+    "mirrored": [
+        "shared_values.v1",
+        {"entries": 6},
+        {"table": ["mirrored.v1", {}, {"first": ["plain.v1"]}]},
+    ],
     "circulant": ["circulant.v1", {"block": 4}, {"generators": ["plain.v1"]}],
     "toeplitz": ["toeplitz.v1", {"block": 3}, {"generators": ["plain.v1"]}],
     "kronecker": [
@@ -313,6 +355,6 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     expected = {
         "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
         "sparse_sparse": 400 + kept + again, "circulant": 5 * 5 * 4, "toeplitz": 7 * 7 * 5,
-        "kronecker": 2 * (20 * 10 + 2),
+        "kronecker": 2 * (20 * 10 + 2), "shared_vectors": 100 + 20, "mirrored": 400 + 3,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -36,6 +36,7 @@ MAGIC = b"TAUT\x01"
 PLAIN = ["plain.v1"]
 ONE = b"\x80\x3f"  # a bfloat16
 SHARED = ["shared_values.v1", {"entries": 4}, {"table": PLAIN}]
+MIRRORED = ["mirrored.v1", {}, {"first": PLAIN}]
 SPARSE = ["sparse.v1", {}, {"values": PLAIN}]
 
 
@@ -119,6 +120,13 @@ def scaled(low: int, high: int, step: bytes, *numbers: int) -> bytes:
     coder.symbols("index", index, high - low + 1, 12)
     coder.plain("bias", np.zeros(6, np.uint8), 2, 3)
     return weight(["integers.v1"], coder.finish())
+
+
+def coded_index(entries: int) -> bytes:
+    """The stream of twelve indices, and what a decoder needs to read on."""
+    coder = Encoder()
+    coder.symbols("index", np.zeros(12, np.int64), entries, 12)
+    return coder.finish() + b"\1" * 8
 
 
 NAN = '[["weight",[3,4],["plain.v1",{"as":NaN}]]]'
@@ -253,6 +261,28 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
     "step_nan": (scaled(0, 1, b"\xc0\x7f", 0, 1), "steps above 0, got .* and nan"),
     "integers_unfilled": (scaled(-1, 2, ONE, 0, 1), r"do not fill \[-1, 2\]"),
+    **{
+        f"vectors_{name}": (
+            weight(["shared_vectors.v1", scalars, {"table": PLAIN}]), message
+        )
+        for name, scalars, message in (
+            ("bare", {}, "width must be 2, 4 or 8, got None"),
+            ("odd", {"entries": 4, "width": 3}, "width must be 2, 4 or 8, got 3"),
+            ("bool", {"entries": 4, "width": True}, "width must be 2, 4 or 8, got True"),
+            ("float", {"entries": 4, "width": 2.0}, "width must be 2, 4 or 8, got 2.0"),
+            ("wide", {"entries": 4, "width": 8}, "vectors of 8 are wider than the 4 columns"),
+            ("none", {"entries": 0, "width": 2}, r"entries must lie in \[1, 256\], got 0"),
+            ("huge", {"entries": HUGE, "width": 2}, r"entries must lie in \[1, 256\], got 1"),
+        )
+    },
+    "mirrored_odd": (
+        weight(["shared_values.v1", {"entries": 3}, {"table": MIRRORED}], coded_index(3)),
+        r"mirrored.v1 needs an even number of entries, got \[3\]",
+    ),
+    "mirrored_matrix": (
+        weight(["mirrored.v1", {}, {"first": PLAIN}]),
+        r"mirrored.v1 needs an even number of entries, got \[3, 4\]",
+    ),
     **{
         f"{structure}_{name}": (
             weight([f"{structure}.v1", scalars, {"generators": PLAIN}]), message

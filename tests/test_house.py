@@ -49,6 +49,7 @@ FLOORS = (
     {"distillation"},
     {"objective"},
     {"recover", "measure", "pack"},
+    {"growth"},
     {"plan", "testing"},
     {"compress"},
     {"report_data", "doctor", "sensitivity"},

@@ -29,6 +29,7 @@ from taut import processes
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
+from taut.growth import apply_where_smaller
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
 from taut.pack import check_precision, load, pack
@@ -42,7 +43,7 @@ from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
 from taut.tune import run_chosen
-from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, LeftAlone, Measurement, frontier
 from taut.watch import Watch, logged
 
 _log = logging.getLogger("taut")
@@ -136,9 +137,18 @@ def apply(
 ) -> nn.Module:
     """Put a technique's trainable form on a model, in place, and return the model.
 
-    It is then an ordinary module for any training loop; `taut.pack` writes it. traced: of the
+    It is then an ordinary module for any training loop; `taut.pack` writes it. A site that the
+    technique is predicted to make larger is left as it is, and the log says so. traced: of the
     original network, needed where the model carries forms already.
     """
+    _apply(model, technique, task, traced)
+    return model
+
+
+def _apply(
+    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None
+) -> list[LeftAlone]:
+    """What `apply` does. Returns the sites that were left alone."""
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
         raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
@@ -150,11 +160,7 @@ def apply(
     traced = traced or trace(model, task.example())
     sites = step.sites(traced)
     statistics = Statistics(model, task.calibration_loss())
-    local = step.localise(model, sites, statistics)
-    for site in sites:
-        _log.info("%s: %s", site.name, local[site.name])
-        local[site.name].apply(model, site, statistics)
-    return model
+    return apply_where_smaller(model, step, sites, statistics)
 
 
 def _aim(wanted: str | Recipe | Goal | Sequence[Step], task: Task) -> Recipe | Goal:
@@ -350,7 +356,7 @@ class _Trial:
         self.device = processes.state().device
         self.model.to(self.device)
         self.history: list[EpochRecord] = []
-        self.epochs = 0
+        self.left: list[LeftAlone] = []
         self.step = 0
         self.recovering: dict[str, Any] | None = None
         self._resume()
@@ -363,7 +369,9 @@ class _Trial:
                 self._recover(step)
             elif isinstance(step, Technique):
                 self.run.say(f"{step}")
-                apply(self.model, step, self.task, self.trace)
+                for grown in _apply(self.model, step, self.task, self.trace):
+                    self.left.append(grown)
+                    self.run.watch.say(f"{grown}")
             self.step = index + 1
             self.recovering = None
             self.save()
@@ -403,8 +411,9 @@ class _Trial:
         self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
         trained = sum(s.epochs for s in self.recipe.steps if isinstance(s, Recover))
         return Candidate(
-            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained
-        )
+            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained,
+            left=tuple(self.left),
+        )  # fmt: skip
 
     def save(self) -> None:
         """The checkpoint: which forms the sites carry, and every tensor."""
@@ -419,6 +428,7 @@ class _Trial:
             "model": self.model.state_dict(),
             "recover": self.recovering,
             "history": [vars(r) for r in self.history],
+            "left": [vars(g) for g in self.left],
         }
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -447,6 +457,7 @@ class _Trial:
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]
+        self.left = [LeftAlone(**g) for g in state.get("left", ())]
         self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from taut.aim import Aim
 from taut.errors import RecipeError
 from taut.goal import Goal
+from taut.growth import growth, predict_chain
 from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
@@ -25,7 +26,7 @@ from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.trace import Trace
-from taut.types import Candidate, Measurement, Site
+from taut.types import Candidate, Measurement
 
 MOST_SPARSITY = 0.995
 _FILE_BYTES, _SITE_BYTES = 60, 10  # container and header, seen on small networks
@@ -113,6 +114,8 @@ def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statist
         for name, local in step.localise(model, sites, statistics).items():
             assert isinstance(local, Recoding)
             links = chains[name]
+            if growth(local, links, trace.site(name)):
+                continue
             if links and links[-1].name == local.name:
                 links.pop()
             links.append(local)
@@ -126,17 +129,6 @@ def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statist
         parameters=rest + sum(kept.values()),
         macs=trace.macs - sum((1 - kept[s.name] / max(s.numel, 1)) * s.macs for s in trace.sites),
     )  # fmt: skip
-
-
-def predict_chain(links: Sequence[Recoding], site: Site) -> float:
-    """Bytes of a site under a chain of techniques, each recoding the core of the one before."""
-
-    def at(depth: int, count: int) -> float:
-        if depth == len(links):
-            return 2.0 * count
-        return links[depth].predict_bytes(site, count, lambda n: at(depth + 1, n))
-
-    return at(0, site.numel)
 
 
 def propose(
