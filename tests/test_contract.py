@@ -4,7 +4,14 @@ import pytest
 
 from taut.recoding import Recoding
 from taut.technique import techniques
-from taut.techniques import CodeLength, L0Gates, PruneWeights, ShareValues, VariationalDropout
+from taut.techniques import (
+    CodeLength,
+    HashWeights,
+    L0Gates,
+    PruneWeights,
+    ShareValues,
+    VariationalDropout,
+)
 from taut.testing import RecodingContract
 
 
@@ -28,6 +35,14 @@ class TestShareValues(RecodingContract):
 
 class TestCodeLength(RecodingContract):
     under_test = (CodeLength(), CodeLength(resolution=0.2, vectors=False))
+
+
+class TestHashWeights(RecodingContract):
+    under_test = (
+        HashWeights(),
+        HashWeights(ratio=0.25, gradient="mean", domain="frequency"),
+        HashWeights(ratio=0.3, run=16, init="random", seed=7),
+    )
 
 
 class TestL0Gates(RecodingContract):
