@@ -42,6 +42,7 @@ class TestHashWeights(RecodingContract):
         HashWeights(),
         HashWeights(ratio=0.25, gradient="mean", domain="frequency"),
         HashWeights(ratio=0.3, run=16, init="random", seed=7),
+        HashWeights(ratio=0.1, scope="network"),
     )
 
 

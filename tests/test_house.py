@@ -40,7 +40,7 @@ FLOORS = (
     {"importance"},
     {"technique"},
     {"recoding", "keep_search"},
-    {"layers", "sparse_weight", "indexed_weight"},
+    {"layers", "sparse_weight", "indexed_weight", "hashed_weight"},
     {"mask", "selection", "dead_units"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "aim", "dreams", "watch"},

@@ -18,7 +18,7 @@ from taut.aim import Aim
 from taut.errors import RecipeError
 from taut.goal import Goal
 from taut.recipe import Recipe
-from taut.recoding import Recoding
+from taut.recoding import Form, Recoding
 from taut.recover import Recover
 from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
@@ -49,6 +49,7 @@ def check(recipe: Recipe, trace: Trace) -> None:
     follows.
     """
     _check_schedules(recipe, trace)
+    _check_shared(recipe, trace)
     cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
     for step in recipe.steps:
         for site in step.sites(trace) if isinstance(step, Technique) else ():
@@ -58,6 +59,17 @@ def check(recipe: Recipe, trace: Trace) -> None:
                     stack.pop()
                 step.accepts(site, tuple(stack[-1][1].shape))
                 stack.append((step.name, step.blank(stack[-1][1])[1]))
+
+
+def _check_shared(recipe: Recipe, trace: Trace) -> None:
+    forms: dict[str, tuple[str, Form]] = {}  # the last of each site, and its technique
+    for step in recipe.steps:
+        for site in step.sites(trace) if isinstance(step, Recoding) else ():
+            assert isinstance(step, Recoding)
+            name, form = forms.get(site.name, (step.name, None))
+            if form is not None and name != step.name:
+                step.follow(form, site)
+            forms[site.name] = step.name, step.blank(torch.zeros(()).expand(site.shape))[0]
 
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:

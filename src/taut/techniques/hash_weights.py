@@ -29,24 +29,22 @@ distribution with alpha = 1 and beta = 2; the linear layers of such a network ar
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from taut.coding import Coder
-from taut.errors import FormatError, RecipeError
-from taut.kernels import hashed_matmul, hashed_rows, hashed_weight, wrap_buckets
+from taut.errors import RecipeError
+from taut.hashed_weight import MOST_WINDOW, Drawing, HashedWeight, bands_of, cosines_of, shares_of
 from taut.kernels.hashed import RUNS
-from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
+from taut.modules import parametrization, parametrized_names
+from taut.recoding import Form, Pack, PackedWeight, Recoding, chains_of, core
 from taut.statistics import Statistics
-from taut.technique import option, register_step
+from taut.technique import Technique, option, register_step
 from taut.trace import Trace
 from taut.types import Site
 
@@ -67,6 +65,10 @@ class HashWeights(Recoding):
     domain: str = option(
         "space", choices=("space", "frequency"), help="of the filters of a convolution"
     )
+    scope: str = option(
+        "layer", choices=("layer", "network"),
+        help="of a vector of buckets: a site each, or all sites together, counts and all",
+    )  # fmt: skip
     init: str = option(
         "mean", choices=("mean", "random"),
         help="of the trained weights, or drawn as widely spread as they, to train from scratch",
@@ -77,9 +79,23 @@ class HashWeights(Recoding):
         super().__post_init__()
         if self.run not in RUNS:
             raise RecipeError(f"hash_weights: run must be 1, 4, 16 or 64, got {self.run}")
+        if self.scope == "network" and self.domain == "frequency":
+            raise RecipeError(
+                "hash_weights: domain='frequency' splits the buckets of a site among bands, and "
+                "scope='network' leaves it none of its own; choose one of them"
+            )
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
         chosen = super().sites(trace)
+        if self.scope == "network":
+            total = sum(s.numel for s in chosen)
+            if not 1 <= self._wanted(total) < total:
+                raise RecipeError(
+                    f"hash_weights: {len(chosen)} sites of {total} weights need at least one "
+                    f"bucket and fewer than weights, got {self._wanted(total)}; change ratio or "
+                    "buckets"
+                )
+            return chosen
         smaller = tuple(s for s in chosen if self._wanted(s.numel) < s.numel)
         if not smaller:
             least = min(chosen, key=lambda s: s.numel)
@@ -95,6 +111,8 @@ class HashWeights(Recoding):
                 f"hash_weights: site {site.name!r} is written in {math.prod(shape)} numbers "
                 "already, not one for each weight; put hash_weights first in the recipe"
             )
+        if self.scope == "network":
+            return
         count, bands = self._wanted(site.numel), self._bands(shape)
         if count < bands:
             asked = f"buckets={self.buckets}" if self.buckets else f"ratio={self.ratio:.6g}"
@@ -110,6 +128,16 @@ class HashWeights(Recoding):
                 "weights; use fewer, or leave it out by only"
             )
 
+    def localise(
+        self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
+    ) -> dict[str, Technique]:
+        local: Technique = self
+        if self.scope == "network":
+            total = sum(s.numel for s in sites)
+            count = self._wanted(total)
+            local = replace(self, buckets=count, ratio=count / total)
+        return {s.name: local for s in sites}
+
     def finish(self, model: nn.Module, trace: Trace) -> list[str]:
         hashed = self.sites(trace)
         return [
@@ -122,24 +150,26 @@ class HashWeights(Recoding):
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
-        buckets = self._wanted(count)
+        buckets = self.ratio * count if self.scope == "network" else self._wanted(count)
         if inner is not None:
-            return 4 + inner(buckets)
+            return 4 + inner(round(buckets))
         empty = math.exp(-count / buckets) if self.init == "mean" else 0.0  # no weight came there
         entropy = -sum(p * math.log2(p) for p in (empty, 1 - empty) if p)
         return 14 + buckets * (1.72 * (1 - empty) + entropy / 8)
 
     def _bands(self, shape: tuple[int, ...]) -> int:
         frequent = self.domain == "frequency" and math.prod(shape[2:]) <= MOST_WINDOW
-        return _bands(shape[2:]) if frequent else 1
+        return bands_of(shape[2:]) if frequent else 1
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         shape, count = tuple(core.shape), self._wanted(core.numel())
         bands: tuple[int, ...] = (count,)
         if self._bands(shape) > 1:
             filters = math.prod(shape[:2])
-            bands = _shares(count, tuple(filters * n for n in _cosines(shape[2:])[1]))
-        form = Hashed(Drawing(shape, bands, 0, self.run), averaged=self.gradient == "mean")
+            bands = shares_of(count, tuple(filters * n for n in cosines_of(shape[2:])[1]))
+        form = Hashed(
+            Drawing(shape, bands, 0, self.run), self.gradient == "mean", self.scope == "network"
+        )
         return form, core.new_zeros(sum(bands))
 
     def fit(
@@ -155,94 +185,41 @@ class HashWeights(Recoding):
         form, buckets = self.blank(core)
         assert isinstance(form, Hashed)
         form.seed.fill_(xxhash.xxh32_intdigest(site.name.encode(), self.seed))
-        drawing = form.drawing()
+        drawing, spread = form.drawing(), core.square().mean().sqrt()
         counts = drawing.counts()
         if form.counts is not None:
             form.counts.copy_(counts)
+        if form.scale is not None and spread > 0:
+            form.scale.copy_(spread.bfloat16())
+            core, spread = core / form.scale, spread / form.scale
         if self.init == "random":
-            return form, torch.randn_like(buckets) * core.square().mean().sqrt()
+            return form, torch.randn_like(buckets) * spread
         return form, drawing.gathered(core) / counts.clamp(min=1)
 
-
-@dataclass(frozen=True)
-class Drawing:
-    """S: the bucket that each weight of a shape is drawn from, and its sign.
-
-    bands: how many buckets each band of frequencies has, the lowest first; one number in space.
-    """
-
-    shape: tuple[int, ...]
-    bands: tuple[int, ...]
-    seed: int
-    run: int
-
-    def parts(self) -> list[tuple[int, int, int]]:
-        """Columns, buckets and seed of each band's own matrix, which has a row for each output."""
-        if len(self.bands) == 1:
-            return [(math.prod(self.shape[1:]), self.bands[0], self.seed)]
-        sizes = _cosines(self.shape[2:])[1]
-        return [
-            (self.shape[1] * n, count, (self.seed + b) % 2**32)
-            for b, (n, count) in enumerate(zip(sizes, self.bands, strict=True))
-        ]
-
-    def weight(self, buckets: Tensor) -> Tensor:
-        """S · w, of the shape. buckets: [sum(bands)]."""
-        rows, drawn = self.shape[0], torch.split(buckets, list(self.bands))
-        matrices = [
-            hashed_weight(w, (rows, columns), seed, self.run)
-            for w, (columns, _, seed) in zip(drawn, self.parts(), strict=True)
-        ]
-        if len(matrices) == 1:
-            return matrices[0].reshape(self.shape)
-        cosines = _cosines(self.shape[2:])[0].to(buckets)
-        spectra = torch.cat([m.reshape(rows, self.shape[1], -1) for m in matrices], -1)
-        return (spectra @ cosines).reshape(self.shape)
-
-    def gathered(self, weight: Tensor) -> Tensor:
-        """Sᵀ · vec(weight), [sum(bands)]: from a gradient of the weight to that of the buckets."""
-        with torch.enable_grad():
-            buckets = weight.new_zeros(sum(self.bands)).requires_grad_()
-            found: Tensor = torch.autograd.grad(self.weight(buckets), buckets, weight)[0]
-        return found
-
-    def counts(self) -> Tensor:
-        """How many weights, or coefficients of filters, each bucket has: [sum(bands)]."""
-        found = []
-        for columns, count, seed in self.parts():
-            one = Drawing((self.shape[0], columns), (count,), seed, self.run)
-            found.append(one.gathered(one.weight(torch.ones(count))))
-        return torch.cat(found)
-
-    def matmul(self, x: Tensor, wrapped: Sequence[Tensor]) -> Tensor:
-        """x [..., in] → [..., out]. wrapped: the buckets of each band, by `wrap_buckets`."""
-        inputs: Sequence[Tensor] = (x,)
-        if len(wrapped) > 1:
-            cosines, sizes = _cosines(self.shape[2:])
-            spectra = x.reshape(*x.shape[:-1], self.shape[1], -1) @ cosines.T.to(x)
-            inputs = [s.flatten(-2) for s in torch.split(spectra, list(sizes), -1)]
-        products = [
-            hashed_matmul(part, w, self.shape[0], seed, self.run, wrapped=True)
-            for part, w, (_, _, seed) in zip(inputs, wrapped, self.parts(), strict=True)
-        ]
-        return functools.reduce(torch.add, products)
+    def place(self, model: nn.Module, site: Site, form: Form, new: Tensor) -> None:
+        super().place(model, site, form, new)
+        if self.scope == "network":
+            _join(model, core(model, site), keep=self.init == "random")
 
 
 class Hashed(Form):
     """weight = S · buckets; the buckets are the core.
 
-    seed: of the site's hash. counts: [buckets], how many weights each has, where their gradients
-    are to be averaged.
+    seed: of the site's hash. counts: [buckets], how many weights of this site each has, where their
+    gradients are to be averaged. scale: of the weights of this site, where others draw from its
+    buckets too.
     """
 
     seed: Tensor
     counts: Tensor | None
+    scale: Tensor | None
 
-    def __init__(self, drawing: Drawing, averaged: bool) -> None:
+    def __init__(self, drawing: Drawing, averaged: bool, scaled: bool) -> None:
         super().__init__()
-        self._drawing = drawing
+        self._drawing, self.shares_core = drawing, scaled
         self.register_buffer("seed", torch.tensor(drawing.seed))
         self.register_buffer("counts", torch.ones(sum(drawing.bands)) if averaged else None)
+        self.register_buffer("scale", torch.ones(()) if scaled else None)
 
     def drawing(self) -> Drawing:
         return replace(self._drawing, seed=int(self.seed))
@@ -250,14 +227,15 @@ class Hashed(Form):
     def forward(self, core: Tensor) -> Tensor:
         if self.counts is not None:
             core = cast(Tensor, _Averaged.apply(core, self.counts))  # type: ignore[no-untyped-call]
-        return self.drawing().weight(core)
+        return self.drawing().weight(core if self.scale is None else core * self.scale)
 
     def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         return None
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         assert keep is None  # `fit` refuses masks
-        return HashedWeight(self.drawing(), inner(None))
+        scale = 1.0 if self.scale is None else float(self.scale)
+        return HashedWeight(self.drawing(), inner(None), scale)
 
 
 class _Averaged(torch.autograd.Function):
@@ -274,131 +252,23 @@ class _Averaged(torch.autograd.Function):
         return grads[0] / counts.clamp(min=1), None
 
 
-@register_format("hashed.v1")
-class HashedWeight(PackedWeight):
-    """A seed, and buckets in any packed form: [sum of the bands]."""
+def _join(model: nn.Module, new: Tensor, keep: bool) -> None:
+    """Let all sites that share their buckets, as many as the newest one's, have the same ones.
 
-    buckets: PackedWeight
-
-    def __init__(self, drawing: Drawing, buckets: PackedWeight) -> None:
-        super().__init__(drawing.shape)
-        self.drawing = drawing
-        self.buckets = buckets
-        self._wrapped: list[Tensor] | None = None
-
-    def meta(self) -> Meta:
-        bands, run = self.drawing.bands, self.drawing.run
-        found = {"buckets": sum(bands)}
-        found |= {"run": run} if run > 1 else {}
-        return found | ({"bands": len(bands)} if len(bands) > 1 else {})
-
-    def write(self, coder: Coder) -> None:
-        seed = np.array([self.drawing.seed], "<u4").view(np.uint8)
-        coder.plain("seed", seed, 1, 4)
-        bands = self.drawing.bands
-        if len(bands) > 1:
-            coder.integers("bands", np.array(bands, np.int64), len(bands))
-        with coder.inside("buckets"):
-            self.buckets.write(coder)
-
-    @classmethod
-    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
-        count, run, bands = meta.get("buckets"), meta.get("run", 1), meta.get("bands", 1)
-        if not shape or max(shape[0], math.prod(shape[1:])) >= 2**31:
-            raise FormatError(
-                f"hashed.v1 needs a shape of at least one dimension, whose first one and the "
-                f"product of the others lie below 2**31, got {list(shape)}"
-            )
-        if type(run) is not int or run not in RUNS:
-            raise FormatError(f"hashed.v1: run must be 1, 4, 16 or 64, got {run!r}")
-        if type(count) is not int or not 1 <= count <= math.prod(shape):
-            raise FormatError(
-                f"hashed.v1: buckets must lie in [1, {math.prod(shape)}], as many as there are "
-                f"weights, got {count!r}"
-            )
-        window = shape[2:]
-        known = type(bands) is int and (bands == 1 or bands == _bands(window) > 1)
-        if not known or (bands > 1 and math.prod(window) > MOST_WINDOW):
-            raise FormatError(
-                f"hashed.v1: a filter of {list(window)} has 1 or {_bands(window)} bands, and none "
-                f"above {MOST_WINDOW} numbers has several, got {bands!r}"
-            )
-        seed = int.from_bytes(coder.plain("seed", None, 1, 4), "little")
-        counts = (count,)
-        if bands > 1:
-            counts = tuple(coder.integers("bands", None, bands).tolist())
-            if min(counts) < 1 or sum(counts) != count:
-                raise FormatError(
-                    f"hashed.v1: bands share out the {count} buckets, at least one to each, got "
-                    f"{counts}"
-                )
-        return cls(Drawing(shape, counts, seed, run), child("buckets", (count,)))
-
-    def dense(self) -> Tensor:
-        return self.drawing.weight(self.buckets.dense().float())
-
-    def wrapped(self) -> list[Tensor]:
-        """The buckets as the kernel reads them, band by band, kept between calls."""
-        if self._wrapped is None:
-            drawn = torch.split(self.buckets.dense().float(), list(self.drawing.bands))
-            self._wrapped = [wrap_buckets(w) for w in drawn]
-        return self._wrapped
-
-    def forget(self) -> None:
-        super().forget()
-        self._wrapped = None
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.drawing.matmul(x, self.wrapped())
-
-    def rows(self, index: Tensor) -> Tensor:
-        if len(self.drawing.bands) > 1:
-            return super().rows(index)
-        columns, _, seed = self.drawing.parts()[0]
-        drawn = hashed_rows(self.buckets.dense().float(), index, columns, seed, self.drawing.run)
-        return drawn.reshape(*index.shape, *self.shape[1:])
-
-
-MOST_WINDOW = 1024
-"""Numbers of a filter that goes by its frequencies; the transform is a matrix of their square."""
-
-
-def _bands(window: tuple[int, ...]) -> int:
-    """How many bands of frequencies a filter has: sums of the indices of its coefficients."""
-    return 1 + sum(max(n - 1, 0) for n in window)
-
-
-@functools.lru_cache(maxsize=32)
-def _cosines(window: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-    """The orthonormal DCT-II of a filter, and how many coefficients each band has.
-
-    Rows are cosines, ordered by their band: coefficients = cosines @ filter.
+    They become the mean over the weights of all; keep: those that were there before it stay.
     """
-    cosines, band = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    for n in window:
-        k, place = torch.arange(n)[:, None], torch.arange(n)
-        one = (torch.pi / n * k * (place + 0.5).double()).cos() * math.sqrt(2 / n)
-        one[0] /= math.sqrt(2)
-        cosines, band = torch.kron(cosines, one), (band[:, None] + place).flatten()
-    order = band.argsort(stable=True)
-    return cosines[order].float(), tuple(torch.bincount(band).tolist())
-
-
-def _shares(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """How many of the buckets each band gets, at least one and at most as many as it has numbers.
-
-    sizes: the numbers of each band, the lowest first. A number of band b of B gets a share of a
-    bucket in proportion to B - b.
-    """
-
-    def wanted(factor: float) -> list[float]:
-        return [n * min(1.0, factor * (len(sizes) - b)) for b, n in enumerate(sizes)]
-
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if sum(wanted(middle)) > count else (middle, high)
-    shares = [max(1, int(share)) for share in wanted(low)]
-    for b, n in enumerate(sizes):  # what rounding made of the sum
-        shares[b] = min(n, max(1, shares[b] + count - sum(shares)))
-    return tuple(shares)
+    cores = {
+        links: trained
+        for _, links, trained in chains_of(model)
+        if links.forms[-1].shares_core and trained.shape == new.shape
+    }
+    counts = {links: cast(Hashed, links.forms[-1]).drawing().counts().to(new) for links in cores}
+    total = torch.stack(list(counts.values())).sum(0)
+    merged = sum((counts[c] * cores[c].detach() for c in cores), 0 * new) / total.clamp(min=1)
+    if keep:
+        merged = next((trained for trained in cores.values() if trained is not new), new)
+    shared = nn.Parameter(merged.detach())
+    for name in parametrized_names(model):
+        found = parametrization(model, name)
+        if found is not None and found[0] in cores:
+            found.original = shared
