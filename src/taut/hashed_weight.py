@@ -222,7 +222,7 @@ def shares_of(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if sum(wanted(middle)) > count else (middle, high)
-    shares = [max(1, int(share)) for share in wanted(low)]
+    shares = [max(1, round(share)) for share in wanted(low)]
     for b, n in enumerate(sizes):  # what rounding made of the sum
         shares[b] = min(n, max(1, shares[b] + count - sum(shares)))
     return tuple(shares)
