@@ -6,6 +6,7 @@ from taut.recoding import Recoding
 from taut.technique import techniques
 from taut.techniques import (
     CodeLength,
+    HashWeights,
     L0Gates,
     PruneWeights,
     ShareValues,
@@ -47,6 +48,15 @@ class TestStructuredMatrix(RecodingContract):
 
 class TestCodeLength(RecodingContract):
     under_test = (CodeLength(), CodeLength(resolution=0.2, vectors=False))
+
+
+class TestHashWeights(RecodingContract):
+    under_test = (
+        HashWeights(),
+        HashWeights(ratio=0.25, gradient="mean", domain="frequency"),
+        HashWeights(ratio=0.3, run=16, init="random", seed=7),
+        HashWeights(ratio=0.1, scope="network"),
+    )
 
 
 class TestL0Gates(RecodingContract):

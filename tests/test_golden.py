@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from taut.hashed_weight import Drawing, HashedWeight
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
@@ -184,7 +185,66 @@ def dense_sparse_shared(*shape: int) -> Tensor:
     return torch.tensor(out).reshape(shape)
 
 
+SEED = 2**32 - 5
+TOGETHER = Plain.of(numbers(7))
+
+
+def hashed(*shape: int) -> PackedWeight:
+    """The convolution by its frequencies, of which only the mean of each filter is not zero."""
+    if len(shape) == 2:
+        return HashedWeight(Drawing(shape, (9,), SEED, 16), Plain.of(numbers(9)))
+    buckets = torch.cat((numbers(3), torch.zeros(7)))
+    return HashedWeight(Drawing(shape, (3, 2, 2, 2, 1), SEED, 1), Plain.of(buckets))
+
+
+def hashed_together(*shape: int) -> PackedWeight:
+    """All draw from the same buckets, which are stored once."""
+    return HashedWeight(Drawing(shape, (7,), SEED, 1), TOGETHER, 0.5 if len(shape) == 4 else 1.0)
+
+
+def mix(value: int, between: int = 0) -> int:
+    """The hash mix32.v1, one number at a time."""
+    value = (value ^ value >> 16) * 0x7FEB352D % 2**32
+    value = ((value ^ value >> 15) + between) * 0x846CA68B % 2**32
+    return value ^ value >> 16
+
+
+def drawn(table: list[float], row: int, column: int, run: int) -> float:
+    """One weight, as a person would look it up."""
+
+    def hashed(number: int) -> int:
+        return mix((number + mix((row + mix(SEED)) % 2**32)) % 2**32, mix(row ^ mix(other)))
+
+    other = SEED ^ 0x9E3779B9
+    span = 16 if run == 1 else run
+    start = hashed(column // span) * len(table) >> 32
+    own = hashed(2**31 + column // 128 * 16 + column % 16) >> column // 16 % 8 * 4
+    place = column % 16 + 16 * (own >> 1 & 3) if run == 1 else column % run
+    value = table[(start + place) % len(table)]
+    return -value if own >> 3 & 1 else value
+
+
+def draw(count: int, run: int, rows: int, columns: int) -> Tensor:
+    table = numbers(count).tolist()
+    return torch.tensor([[drawn(table, o, i, run) for i in range(columns)] for o in range(rows)])
+
+
+def dense_hashed(*shape: int) -> Tensor:
+    if len(shape) == 2:
+        return draw(9, 16, *shape)
+    means = draw(3, 1, shape[0], shape[1]) * torch.tensor(1 / 3)  # 1 / √3 in either direction
+    return means[:, :, None, None].expand(shape)
+
+
+def dense_hashed_together(*shape: int) -> Tensor:
+    columns = torch.Size(shape[1:]).numel()
+    found = draw(7, 1, shape[0], columns).reshape(shape)
+    return found / 2 if len(shape) == 4 else found
+
+
 WRITTEN = {
+    "hashed": hashed,
+    "hashed_together": hashed_together,
     "plain": plain,
     "sparse": sparse,
     "shared_values": shared,
@@ -198,6 +258,8 @@ WRITTEN = {
     "kronecker": kronecker,
 }
 MEANT = {
+    "hashed": dense_hashed,
+    "hashed_together": dense_hashed_together,
     "plain": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
@@ -211,6 +273,8 @@ MEANT = {
     "kronecker": dense_kronecker,
 }
 NODES: dict[str, Any] = {
+    "hashed": ["hashed.v1", {"buckets": 9, "run": 16}, {"buckets": ["plain.v1"]}],
+    "hashed_together": ["hashed.v1", {"buckets": 7}, {"buckets": "conv.weight.buckets"}],
     "plain": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
@@ -238,6 +302,10 @@ NODES: dict[str, Any] = {
         {"high": 1, "wide": 2, "terms": 2},
         {"generators": ["plain.v1"]},
     ],
+}
+NODES_OF_CONV: dict[str, Any] = {
+    "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
+    "hashed_together": ["hashed.v1", {"buckets": 7, "scale": 0.5}, {"buckets": ["plain.v1"]}],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -279,7 +347,7 @@ def header(name: str) -> list[Any]:
     """The header of the file of this name, as docs/format.md has it."""
     node = NODES[name]
     return [
-        ["conv.weight", [3, 2, 3, 3], node],
+        ["conv.weight", [3, 2, 3, 3], NODES_OF_CONV.get(name, node)],
         [["first.weight", "again.weight"], [20, 20], node],
         ["conv.bias", [3], ["plain.v1", {"as": "float32"}]],
         ["norm.weight", [3], ["plain.v1", {"as": "bfloat16"}]],
@@ -356,5 +424,6 @@ def test_the_account_of_a_golden_file(name: str) -> None:
         "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
         "sparse_sparse": 400 + kept + again, "circulant": 5 * 5 * 4, "toeplitz": 7 * 7 * 5,
         "kronecker": 2 * (20 * 10 + 2), "shared_vectors": 100 + 20, "mirrored": 400 + 3,
+        "hashed": 4 + 9, "hashed_together": 4,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

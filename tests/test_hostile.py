@@ -36,7 +36,6 @@ MAGIC = b"TAUT\x01"
 PLAIN = ["plain.v1"]
 ONE = b"\x80\x3f"  # a bfloat16
 SHARED = ["shared_values.v1", {"entries": 4}, {"table": PLAIN}]
-MIRRORED = ["mirrored.v1", {}, {"first": PLAIN}]
 SPARSE = ["sparse.v1", {}, {"values": PLAIN}]
 
 
@@ -120,13 +119,6 @@ def scaled(low: int, high: int, step: bytes, *numbers: int) -> bytes:
     coder.symbols("index", index, high - low + 1, 12)
     coder.plain("bias", np.zeros(6, np.uint8), 2, 3)
     return weight(["integers.v1"], coder.finish())
-
-
-def coded_index(entries: int) -> bytes:
-    """The stream of twelve indices, and what a decoder needs to read on."""
-    coder = Encoder()
-    coder.symbols("index", np.zeros(12, np.int64), entries, 12)
-    return coder.finish() + b"\1" * 8
 
 
 NAN = '[["weight",[3,4],["plain.v1",{"as":NaN}]]]'
@@ -219,7 +211,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "scalars_listed": (weight(["plain.v1", {"as": []}]), r"a format is \[name, scalars, parts\]"),
     "scalars_null": (weight(["plain.v1", {"as": None}]), r"a format is \[name, scalars, parts\]"),
     "parts_list": (weight(["sparse.v1", {}, [PLAIN]]), r"a format is \[name, scalars, parts\]"),
-    "part_text": (weight(["sparse.v1", {}, {"values": "x"}]), "a format is"),
+    "part_text": (weight(["sparse.v1", {}, {"values": "x"}]), "same as 'x', which is no earlier"),
     "part_unknown": (weight(["sparse.v1", {}, {"values": ["x.v1"]}]), "no format is named 'x.v1'"),
     "eight_deep": (weight(nested(8)), "at most 8 deep"),
     "hundreds_deep": (weight(nested(200)), "at most 8 deep|the header is damaged"),
@@ -261,62 +253,6 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
     "step_nan": (scaled(0, 1, b"\xc0\x7f", 0, 1), "steps above 0, got .* and nan"),
     "integers_unfilled": (scaled(-1, 2, ONE, 0, 1), r"do not fill \[-1, 2\]"),
-    **{
-        f"vectors_{name}": (
-            weight(["shared_vectors.v1", scalars, {"table": PLAIN}]), message
-        )
-        for name, scalars, message in (
-            ("bare", {}, "width must be 2, 4 or 8, got None"),
-            ("odd", {"entries": 4, "width": 3}, "width must be 2, 4 or 8, got 3"),
-            ("bool", {"entries": 4, "width": True}, "width must be 2, 4 or 8, got True"),
-            ("float", {"entries": 4, "width": 2.0}, "width must be 2, 4 or 8, got 2.0"),
-            ("wide", {"entries": 4, "width": 8}, "vectors of 8 are wider than the 4 columns"),
-            ("none", {"entries": 0, "width": 2}, r"entries must lie in \[1, 256\], got 0"),
-            ("huge", {"entries": HUGE, "width": 2}, r"entries must lie in \[1, 256\], got 1"),
-        )
-    },
-    "mirrored_odd": (
-        weight(["shared_values.v1", {"entries": 3}, {"table": MIRRORED}], coded_index(3)),
-        r"mirrored.v1 needs an even number of entries, got \[3\]",
-    ),
-    "mirrored_matrix": (
-        weight(["mirrored.v1", {}, {"first": PLAIN}]),
-        r"mirrored.v1 needs an even number of entries, got \[3, 4\]",
-    ),
-    **{
-        f"{structure}_{name}": (
-            weight([f"{structure}.v1", scalars, {"generators": PLAIN}]), message
-        )
-        for structure in ("circulant", "toeplitz")
-        for name, scalars, message in (
-            ("missing", {}, "block must be a whole number, got None"),
-            ("bool", {"block": True}, "block must be a whole number, got True"),
-            ("float", {"block": 2.0}, "block must be a whole number, got 2.0"),
-            ("none", {"block": 0}, r"block must lie in \[1, 4\] \(its inputs\), got .*0"),
-            ("wide", {"block": 5}, r"block must lie in \[1, 4\] \(its inputs\), got .*5"),
-            ("huge", {"block": HUGE}, r"block must lie in \[1, 4\]"),
-            ("more", {"block": 2, "terms": 1}, "scalars or parts that do nothing"),
-        )
-    },
-    **{
-        f"kronecker_{name}": (
-            weight(["kronecker.v1", scalars, {"generators": PLAIN}]), message
-        )
-        for name, scalars, message in (
-            ("missing", {"high": 1, "wide": 2}, "terms must be a whole number, got None"),
-            ("uneven", {"high": 2, "wide": 2, "terms": 1}, "high must divide 3, got .*'high': 2"),
-            ("none", {"high": 1, "wide": 0, "terms": 1}, "wide must divide 4"),
-            ("below", {"high": -1, "wide": 2, "terms": 1}, "high must divide 3"),
-            ("huge", {"high": 1, "wide": HUGE, "terms": 1}, "wide must divide 4"),
-            ("terms", {"high": 1, "wide": 2, "terms": 3}, r"terms must lie in \[1, 2\]"),
-            ("endless", {"high": 1, "wide": 2, "terms": HUGE}, r"terms must lie in \[1, 2\]"),
-        )
-    },
-    "structure_empty": (
-        entries(["a", [0, 4], ["circulant.v1", {"block": 2}, {"generators": PLAIN}]]),
-        r"circulant.v1 needs a shape of numbers, got \[0, 4\]",
-    ),
-    "generators_missing": (weight(["circulant.v1", {"block": 2}]), "lacks its part 'generators'"),
     # ---- the stream
     "stream_missing": (weight(SHARED), "the coded stream"),
     "stream_random": (weight(PLAIN, bytes(range(7, 47))), "the coded stream"),

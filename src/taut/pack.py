@@ -37,6 +37,7 @@ MOST_HEADER_BYTES = 1 << 24
 MOST_NAME = 512
 MOST_DIMENSIONS = 8
 MOST_DEPTH = 8
+MOST_SPARE = 1 << 16  # numbers that a part may hold beyond all that the tensors have
 # What a header of a small network repeats anyway; part of version 1 of the format.
 DICTIONARY = (
     b'"float32""bfloat16""int64",{"as":"running_mean""running_var""num_batches_tracked"'
@@ -106,6 +107,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
     """Every parameter and buffer of a model as a packed weight: recoded ones, then the others."""
     found: dict[Names, PackedWeight] = {}
     early: list[str] = []
+    made: dict[int, PackedWeight] = {}
     for names, source in _tied(model).items():
         try:
             if isinstance(source, PackedWeight):
@@ -114,7 +116,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
                 found[names] = Plain.of(source, precision)
             else:
                 links, core = source
-                found[names] = links.pack(core, precision)
+                found[names] = links.pack(core, precision, made)
                 early += [names[0]] * (not links.settled())
         except FormatError as error:
             raise FormatError(f"pack: {names[0]}: {error}") from error
@@ -129,7 +131,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
 
 def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, Tensor]]:
     """What holds each tensor of the model, with the names of tied ones joined."""
-    holds: dict[str, tuple[int, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
+    holds: dict[str, tuple[object, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
     inner: list[str] = []  # where the parts lie that a weight stands for
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -150,13 +152,13 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
             )
         path, _, leaf = f".{name}".rpartition(".")
         inner.append(f"{path}.parametrizations.{leaf}."[1:])
-        holds[name] = id(found.original), (found[0], found.original)
+        holds[name] = (id(found.original), id(found[0])), (found[0], found.original)
     plain = _tensors(model)
     for name, value in plain.items():
         if not name.startswith(tuple(inner)):
             holds[name] = id(value), value
     order = {n: i for i, n in enumerate(plain)}
-    joined: dict[int, list[str]] = {}
+    joined: dict[object, list[str]] = {}
     for name in sorted(holds, key=lambda n: order.get(n, -1)):
         joined.setdefault(holds[name][0], []).append(name)
     return {tuple(names): holds[names[0]][1] for names in joined.values()}
@@ -176,10 +178,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def encode(state: Mapping[Names, PackedWeight]) -> bytes:
     """The bytes of a file that holds these tensors."""
-    coder, entries = Encoder(), []
+    coder, entries, known = Encoder(), [], dict[int, str]()
     for names, packed in state.items():
         name = names[0] if len(names) == 1 else list(names)
-        entries.append([name, list(packed.shape), _node(packed)])
+        entries.append([name, list(packed.shape), _node(packed, names[0], known)])
         with coder.inside(names[0]):
             packed.write(coder)
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -191,8 +193,13 @@ def encode(state: Mapping[Names, PackedWeight]) -> bytes:
     return data
 
 
-def _node(packed: PackedWeight) -> list[Any]:
-    children = {name: _node(child) for name, child in packed.nested().items()}
+def _node(packed: PackedWeight, path: str, known: dict[int, str]) -> list[Any]:
+    """What the header says of a weight. known: the parts so far, by their ids; each comes once."""
+    children: dict[str, Any] = {}
+    for part, child in packed.nested().items():
+        here = f"{path}.{part}"
+        first = known.setdefault(id(child), here)
+        children[part] = _node(child, here, known) if first == here else first
     node = [packed.format, packed.meta(), children]
     while not node[-1]:
         node.pop()
@@ -377,7 +384,8 @@ def _check_node(node: Any, name: str, depth: int) -> None:
     if node[0] not in FORMATS:
         raise FormatError(f"{name}: no format is named {node[0]!r}{did_you_mean(node[0], FORMATS)}")
     for child in (node[2] if len(node) > 2 else {}).values():
-        _check_node(child, name, depth - 1)
+        if not isinstance(child, str):  # the path of an earlier part
+            _check_node(child, name, depth - 1)
 
 
 def _check_claims(entries: list[_Entry], size: int) -> None:
@@ -413,28 +421,58 @@ def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
 
 
 def _decode(entries: list[_Entry], coder: Decoder) -> dict[Names, PackedWeight]:
-    state = {}
+    reader, state, known = _Reader(entries, coder), {}, dict[int, str]()
     for entry in entries:
-        with coder.inside(entry.names[0]):
-            packed = _read(coder, entry.shape, entry.node, entry.names[0])
-        if _node(packed) != entry.node:
-            raise FormatError(f"{entry.names[0]}: its format has scalars or parts that do nothing")
+        name = entry.names[0]
+        with coder.inside(name):
+            packed = reader.read(entry.shape, entry.node, name, name)
+        if _node(packed, name, known) != entry.node:
+            raise FormatError(f"{name}: its format has scalars or parts that do nothing")
         state[entry.names] = packed
     coder.finish()
     return state
 
 
-def _read(coder: Decoder, shape: tuple[int, ...], node: list[Any], name: str) -> PackedWeight:
-    meta = node[1] if len(node) > 1 else {}
-    children = node[2] if len(node) > 2 else {}
+class _Reader:
+    """Decodes tensors one after another; a part of one may be the very part of an earlier one."""
 
-    def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
-        if part not in children:
-            raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
-        with coder.inside(part):
-            return _read(coder, its_shape, children[part], name)
+    def __init__(self, entries: list[_Entry], coder: Decoder) -> None:
+        self.coder = coder
+        self.most = MOST_SPARE + sum(math.prod(e.shape) for e in entries)
+        self.parts: dict[str, PackedWeight] = {}
 
-    packed = FORMATS[node[0]].read(coder, shape, meta, child)
-    if packed.shape != shape:
-        raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
-    return packed
+    def read(self, shape: tuple[int, ...], node: list[Any], name: str, path: str) -> PackedWeight:
+        """A weight of this shape. name: of its tensor, path: of the part of it."""
+        meta = node[1] if len(node) > 1 else {}
+        children = node[2] if len(node) > 2 else {}
+
+        def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
+            if part not in children:
+                raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
+            if math.prod(its_shape) > self.most:
+                raise FormatError(
+                    f"{name}: its part {part!r} claims {math.prod(its_shape):,} numbers, more than "
+                    "all tensors have"
+                )
+            its_node, here = children[part], f"{path}.{part}"
+            if isinstance(its_node, str):
+                return self.earlier(its_node, its_shape, here)
+            with self.coder.inside(part):
+                found = self.read(its_shape, its_node, name, here)
+            self.parts[here] = found
+            return found
+
+        packed = FORMATS[node[0]].read(self.coder, shape, meta, child)
+        if packed.shape != shape:
+            raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
+        return packed
+
+    def earlier(self, where: str, shape: tuple[int, ...], path: str) -> PackedWeight:
+        found = self.parts.get(where)
+        if found is None or found.shape != shape:
+            is_of = "no earlier part" if found is None else f"of the shape {list(found.shape)}"
+            raise FormatError(
+                f"{path}, of the shape {list(shape)}, is to be the same as {reprlib.repr(where)}, "
+                f"which is {is_of}"
+            )
+        return found

@@ -19,7 +19,7 @@ from taut.errors import RecipeError
 from taut.goal import Goal
 from taut.growth import growth, predict_chain
 from taut.recipe import Recipe
-from taut.recoding import Recoding
+from taut.recoding import Form, Recoding
 from taut.recover import Recover
 from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
@@ -50,6 +50,7 @@ def check(recipe: Recipe, trace: Trace) -> None:
     follows.
     """
     _check_schedules(recipe, trace)
+    _check_shared(recipe, trace)
     bare: Tensor | None = None
     cores = {s.name: [("", torch.zeros(()).expand(s.shape), bare)] for s in trace.places}
     for step in recipe.steps:
@@ -62,6 +63,17 @@ def check(recipe: Recipe, trace: Trace) -> None:
                 step.check(site, tuple(core.shape), matters is not None)
                 form, new = step.blank(core)
                 stack.append((step.name, new, form.matters(new, matters)))
+
+
+def _check_shared(recipe: Recipe, trace: Trace) -> None:
+    forms: dict[str, tuple[str, Form]] = {}  # the last of each site, and its technique
+    for step in recipe.steps:
+        for site in step.sites(trace) if isinstance(step, Recoding) else ():
+            assert isinstance(step, Recoding)
+            name, form = forms.get(site.name, (step.name, None))
+            if form is not None and name != step.name:
+                step.follow(form, site)
+            forms[site.name] = step.name, step.blank(torch.zeros(()).expand(site.shape))[0]
 
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:

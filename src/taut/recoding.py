@@ -261,7 +261,12 @@ Pack = Callable[[Tensor | None], PackedWeight]
 
 
 class Form(nn.Module, ABC):
-    """A trainable form: `forward` maps a core to the tensor that it stands for."""
+    """A trainable form: `forward` maps a core to the tensor that it stands for.
+
+    shares_core: whether other sites have the very same core, so that no further form can recode it.
+    """
+
+    shares_core = False
 
     @abstractmethod
     def forward(self, core: Tensor) -> Tensor: ...
@@ -332,8 +337,13 @@ class Chain(nn.Module):
         stages = self.stages(core)
         return any(f.clear(c if c is core else None, where) for f, c in stages)
 
-    def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
-        """The packed weight; whatever no form recodes is stored at `precision`."""
+    def pack(
+        self, core: Tensor, precision: str = "auto", made: dict[int, PackedWeight] | None = None
+    ) -> PackedWeight:
+        """The packed weight; whatever no form recodes is stored at `precision`.
+
+        made: what whole cores became, by their ids: one that sites share is packed once.
+        """
         stages = self.stages(core.detach())
 
         def at(depth: int, keep: Tensor | None) -> PackedWeight:
@@ -341,6 +351,8 @@ class Chain(nn.Module):
                 form, its_core = stages[depth]
                 return form.pack(its_core, keep, lambda k: at(depth + 1, k))
             plain = core.detach()
+            if keep is None and made is not None:
+                return made.setdefault(id(core), Plain.of(plain, precision))
             return Plain.of(plain if keep is None else plain[keep], precision)
 
         return at(0, None)
@@ -351,7 +363,7 @@ class Recoding(Technique):
     """A technique that changes how a weight is written."""
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
-        """Raise RecipeError where a core of this shape, at this site, cannot be recoded."""
+        """Raise RecipeError where no core of this shape, at this site, can be recoded."""
         return None
 
     @property
@@ -360,13 +372,20 @@ class Recoding(Technique):
         return False
 
     def check(self, site: Site, shape: tuple[int, ...], masked: bool) -> None:
-        """Raise RecipeError where it cannot follow what the site carries: a core of this shape,
-        of which a mask may have kept a part."""
+        """Raise RecipeError where a core of this shape, masked or not, cannot be recoded."""
         self.accepts(site, shape)
         if masked and self.needs_all:
             raise RecipeError(
                 f"{self.name}: site {site.name!r} is masked, and {self} writes whole blocks, in "
                 "which no weight can be left out; prune nothing there, or share single values"
+            )
+
+    def follow(self, before: Form, site: Site) -> None:
+        """Raise RecipeError where it cannot recode the core of the form before."""
+        if before.shares_core:
+            raise RecipeError(
+                f"{self.name}: site {site.name!r} draws from what other sites draw from too, and "
+                f"cannot be recoded alone; put {self.name} before, or give each site its own"
             )
 
     @abstractmethod
@@ -403,6 +422,8 @@ class Recoding(Technique):
         with torch.no_grad():
             stages = links.stages(core(model, site)) if links is not None else []
             held = core(model, site).detach()
+            if not again and stages:
+                self.follow(stages[-1][0], site)
             if again:
                 form, its_core = stages.pop()
                 held = form(its_core)

@@ -222,8 +222,11 @@ class RecodingContract:
         fresh, *_ = _sample(kind)
         with torch.no_grad():
             for site in technique.sites(traced):
-                form, blank = technique.blank(core(fresh, site).detach())
-                technique.place(fresh, site, form, blank)
+                links = chain(model, site)
+                assert links is not None
+                local = links.recipe[-1]
+                form, blank = local.blank(core(fresh, site).detach())
+                local.place(fresh, site, form, blank)
             fresh.load_state_dict(model.state_dict())
             _close(fresh(*example), model(*example))
 

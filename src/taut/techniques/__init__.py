@@ -1,6 +1,7 @@
 """The techniques, one file each. Importing this package registers them all."""
 
 from taut.techniques.code_length import CodeLength
+from taut.techniques.hash_weights import HashWeights
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.share_values import ShareValues
@@ -9,6 +10,7 @@ from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
     "CodeLength",
+    "HashWeights",
     "L0Gates",
     "PruneWeights",
     "ShareValues",
