@@ -34,6 +34,8 @@ class TestShareValues(RecodingContract):
         ShareValues(bits=4, symmetric=True, weigh="inputs"),
         ShareValues(bits=8, vector=8),
         ShareValues(bits=6, vector=4, symmetric=True, weigh="inputs"),
+        ShareValues(bits=4, symmetric=True, scope="network"),
+        ShareValues(bits=7, vector=4, scope="network"),
     )
 
 

@@ -20,7 +20,7 @@ from taut.hashed_weight import Drawing, HashedWeight
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
 from taut.recoding import FORMATS, PackedWeight, Plain
-from taut.shared_vectors import Mirrored, SharedVectors
+from taut.shared_weight import Mirrored, Scaled, SharedVectors
 from taut.sparse_weight import SparseWeight
 from taut.structured_weight import (
     BlockCirculant,
@@ -93,6 +93,15 @@ def mirrored(*shape: int) -> PackedWeight:
     return SharedValues(which, Mirrored(Plain.of(TABLE[2:])))
 
 
+HALF = Plain.of(TABLE[2:])
+
+
+def shared_together(*shape: int) -> PackedWeight:
+    """Two weights that have one table, of opposite values, the second at half its size."""
+    which = index(torch.Size(shape).numel()).reshape(shape)
+    return SharedValues(which, Scaled(Mirrored(HALF), 1.0 if len(shape) > 2 else 0.5))
+
+
 def integers(*shape: int) -> PackedWeight:
     return Integers((numbers(*shape) * 16).long(), torch.tensor(0.0625))
 
@@ -137,6 +146,10 @@ def dense_vectors(*shape: int) -> Tensor:
 def dense_mirrored(*shape: int) -> Tensor:
     signs = torch.tensor([0.0, 0.25, 1.0, -0.0, -0.25, -1.0])
     return signs[index(torch.Size(shape).numel())].reshape(shape)
+
+
+def dense_shared_together(*shape: int) -> Tensor:
+    return dense_mirrored(*shape) * (1 if len(shape) > 2 else 0.5)
 
 
 def dense_blocks(shape: tuple[int, ...], b: int, diagonals: int) -> Tensor:
@@ -253,6 +266,7 @@ WRITTEN = {
     "sparse_sparse": sparse_sparse,
     "shared_vectors": vectors,
     "mirrored": mirrored,
+    "shared_together": shared_together,
     "circulant": circulant,
     "toeplitz": toeplitz,
     "kronecker": kronecker,
@@ -268,10 +282,20 @@ MEANT = {
     "sparse_sparse": dense_sparse_sparse,
     "shared_vectors": dense_vectors,
     "mirrored": dense_mirrored,
+    "shared_together": dense_shared_together,
     "circulant": lambda *shape: dense_blocks(shape, 4, 4),
     "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
     "kronecker": dense_kronecker,
 }
+
+
+def table_of(scale: float, first: Any) -> list[Any]:
+    """The node of indices into a scaled table of opposite values."""
+    mirrored = ["mirrored.v1", {}, {"first": first}]
+    table = ["scaled.v1", {"scale": scale}, {"first": mirrored}]
+    return ["shared_values.v1", {"entries": 6}, {"table": table}]
+
+
 NODES: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 9, "run": 16}, {"buckets": ["plain.v1"]}],
     "hashed_together": ["hashed.v1", {"buckets": 7}, {"buckets": "conv.weight.buckets"}],
@@ -295,6 +319,7 @@ NODES: dict[str, Any] = {
         {"entries": 6},
         {"table": ["mirrored.v1", {}, {"first": ["plain.v1"]}]},
     ],
+    "shared_together": table_of(0.5, "conv.weight.table.first.first"),
     "circulant": ["circulant.v1", {"block": 4}, {"generators": ["plain.v1"]}],
     "toeplitz": ["toeplitz.v1", {"block": 3}, {"generators": ["plain.v1"]}],
     "kronecker": [
@@ -306,6 +331,7 @@ NODES: dict[str, Any] = {
 NODES_OF_CONV: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
     "hashed_together": ["hashed.v1", {"buckets": 7, "scale": 0.5}, {"buckets": ["plain.v1"]}],
+    "shared_together": table_of(1.0, ["plain.v1"]),
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -424,6 +450,6 @@ def test_the_account_of_a_golden_file(name: str) -> None:
         "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
         "sparse_sparse": 400 + kept + again, "circulant": 5 * 5 * 4, "toeplitz": 7 * 7 * 5,
         "kronecker": 2 * (20 * 10 + 2), "shared_vectors": 100 + 20, "mirrored": 400 + 3,
-        "hashed": 4 + 9, "hashed_together": 4,
+        "hashed": 4 + 9, "hashed_together": 4, "shared_together": 400,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -43,6 +43,24 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
         r"mirrored.v1 needs an even number of entries, got \[3, 4\]",
     ),
     **{
+        f"scale_{name}": (
+            weight(["shared_values.v1", {"entries": 2}, {"table": [
+                "scaled.v1", {} if scale is None else {"scale": scale}, {"first": PLAIN}
+            ]}], coded_index(2)),
+            "scaled.v1: scale must be a bfloat16 above 0, got",
+        )
+        for name, scale in (
+            ("missing", None), ("zero", 0.0), ("below", -1.0), ("whole", 1), ("fine", 0.1),
+            ("huge", 1e39), ("text", "1"), ("bool", True),
+        )
+    },
+    "table_of_none": (
+        weight(["shared_values.v1", {"entries": 2}, {"table": [
+            "scaled.v1", {"scale": 1.0}, {"first": "weight.index"}
+        ]}], coded_index(2)),
+        "weight.table.first, .* is to be the same as 'weight.index', which is no earlier part",
+    ),
+    **{
         f"{structure}_{name}": (
             weight([f"{structure}.v1", scalars, {"generators": PLAIN}]), message
         )

@@ -13,7 +13,7 @@ from taut.modules import clone, tensor_at
 from taut.pack import packed_state
 from taut.recoding import chain, core
 from taut.statistics import Statistics
-from taut.techniques import PruneWeights, ShareValues
+from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.trace import trace
 
 
@@ -145,8 +145,7 @@ def test_the_runs_of_a_row_are_vectors_of_the_codebook(shape):
     site = trace(net, ((example,), {})).sites[0]
     ShareValues(bits=3, vector=4).apply(net, site)
     rows = tensor_at(net, site.name).detach().flatten(1)
-    table = core(net, site).detach()
-    assert table.shape == (8, 4)
+    table = core(net, site).detach().reshape(8, 4)
     for row, start in itertools.product(range(len(rows)), range(0, rows.shape[1], 4)):
         run = rows[row, start : start + 4]
         assert any(torch.equal(run, v[: len(run)]) for v in table)
@@ -165,7 +164,7 @@ def test_gradients_of_a_vector_are_summed_over_its_runs():
     wanted = torch.stack([
         grad[index == k].sum(0) - grad[index == k + 2].sum(0) for k in range(2)
     ])  # fmt: skip
-    torch.testing.assert_close(core(net, site).grad, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(core(net, site).grad.reshape(2, 4), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_errors_weigh_by_the_inputs(trained, task):
@@ -207,6 +206,110 @@ def test_symmetric_values_stay_so_when_trained():
         core(net, site).add_(0.25)
     values = set(tensor_at(net, site.name).detach().unique().tolist())
     assert values <= {s * v for v in core(net, site).tolist() for s in (1, -1)}
+
+
+# ---- one table for a network
+
+
+NETWORK = ShareValues(bits=4, scope="network")
+
+
+def test_one_table_serves_all_sites_each_at_its_scale(trained, task):
+    net = taut.apply(clone(trained), NETWORK, task)
+    sites = taut.trace(trained, task.example()).sites
+    assert len({id(core(net, s)) for s in sites}) == 1
+    pooled = []
+    for site in sites:
+        before, form = tensor_at(trained, site.name).detach(), chain(net, site).forms[0]
+        scale = before.square().mean().sqrt()
+        torch.testing.assert_close(form.scale, scale, rtol=2**-8, atol=0)
+        table = form.scale * core(net, site).detach()
+        nearest = (before.flatten()[:, None] - table).abs().argmin(1)
+        shared = tensor_at(net, site.name).detach()
+        torch.testing.assert_close(table[nearest].reshape(before.shape), shared)
+        pooled.append(before.flatten() / form.scale)
+    wanted = k_means(torch.cat(pooled), 16, "linear", 50)
+    torch.testing.assert_close(core(net, sites[0]).detach(), wanted)
+
+
+def test_its_gradient_is_the_sum_over_all_sites(trained, task):
+    net = taut.apply(clone(trained), NETWORK, task)
+    sites = taut.trace(trained, task.example()).sites
+    x = torch.randn(5, 64)
+    net(x).square().sum().backward()
+    plain = clone(trained)
+    with torch.no_grad():
+        for site in sites:
+            tensor_at(plain, site.name).copy_(tensor_at(net, site.name))
+    plain(x).square().sum().backward()
+    wanted = torch.zeros(16)
+    for site in sites:
+        form, grad = chain(net, site).forms[0], tensor_at(plain, site.name).grad
+        wanted.index_add_(0, form.index.flatten().int(), form.scale * grad.flatten())
+    torch.testing.assert_close(core(net, sites[0]).grad, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_the_file_holds_the_table_once(tmp_path, trained, task):
+    sizes = {}
+    for scope in ("layer", "network"):
+        step = ShareValues(bits=7, vector=4, scope=scope)
+        net = taut.apply(clone(trained), step, task)
+        sizes[scope] = taut.pack(net, tmp_path / f"{scope}.taut")
+    tables = [
+        t.parts["table.first.values"].count
+        for t in taut.inspect(tmp_path / "network.taut").tensors
+        if "table.first.values" in t.parts
+    ]
+    assert tables == [128 * 4]
+    assert sizes["network"] < sizes["layer"] - 128 * 4
+    loaded = taut.load(tmp_path / "network.taut", clone(trained))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), net.eval()(x), rtol=1e-2, atol=1e-2)
+    taut.pack(loaded, tmp_path / "again.taut")
+    assert (tmp_path / "again.taut").read_bytes() == (tmp_path / "network.taut").read_bytes()
+
+
+def test_a_table_of_the_network_lets_small_sites_share(trained, task):
+    """A codebook of its own would be larger than the last layer."""
+    apart, joined = (
+        taut.apply(clone(trained), ShareValues(bits=8, vector=2, scope=scope), task)
+        for scope in ("layer", "network")
+    )
+    last = taut.trace(trained, task.example()).site("5.weight")
+    assert chain(apart, last) is None
+    assert chain(joined, last) is not None
+
+
+def test_what_shares_a_table_is_not_recoded_alone(trained, task):
+    net = taut.apply(clone(trained), NETWORK, task)
+    traced = taut.trace(trained, task.example())
+    with pytest.raises(RecipeError, match=r"code_length: site '0.weight' draws from what other"):
+        taut.apply(net, CodeLength(vectors=False), task, traced)
+
+
+def test_two_tables_of_two_parts_of_a_network_stay_apart(trained, task):
+    net, traced = clone(trained), taut.trace(trained, task.example())
+    for only in ("0.weight, 3.weight", "5.weight"):
+        taut.apply(net, ShareValues(bits=3, scope="network", only=only), task, traced)
+    first, second, last = (core(net, s) for s in traced.sites)
+    assert first is second
+    assert first is not last
+
+
+def test_a_run_that_was_killed_goes_on_with_one_table(tmp_path, trained, task):
+    class Killing(taut.Watch):
+        def on_epoch(self, record):
+            raise KeyboardInterrupt
+
+    recipe = "share_values(bits=4, scope='network') > recover(epochs=1)"
+    with pytest.raises(KeyboardInterrupt):
+        taut.compress(trained, task, recipe, folder=tmp_path / "killed", watch=Killing())
+    killed = taut.compress(trained, task, recipe, folder=tmp_path / "killed")
+    whole = taut.compress(trained, task, recipe, folder=tmp_path / "whole")
+    files = [(tmp_path / name / "net.taut").read_bytes() for name in ("killed", "whole")]
+    assert files[0] == files[1]
+    assert killed.measurement.score == whole.measurement.score
 
 
 def test_vectors_of_fewer_inputs_are_refused():

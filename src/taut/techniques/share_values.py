@@ -6,7 +6,9 @@ W: [out, in, …] float32; index: the same shape, < 2**bits; table: [2**bits] fl
 Under a mask only the kept weights are clustered and stored. With vector = v, one index stands for v
 weights that follow each other in a row of [out, in] (later dimensions joined), and the table is a
 codebook [2**bits, v]. symmetric: half of the table is stored, the other half is its opposite, so
-that an index is a sign and a magnitude.
+that an index is a sign and a magnitude. scope="network": all sites have one table, trained and
+stored once, each site times a scale of its own, the root mean square of its weights:
+W'[i, j] = scale · table[index[i, j]].
 
 Han, Mao, Dally: Deep Compression (ICLR 2016), section 3: one table for each layer, linear
 initialisation of the centroids (better than density or random there, and the default here). Gong,
@@ -23,23 +25,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taut.clusters import k_means, mirror, nearest, nearest_vector, vector_k_means
-from taut.coding import Coder
-from taut.errors import FormatError, RecipeError
+from taut.errors import RecipeError
 from taut.importance import input_squares
-from taut.indexed_weight import IndexedWeight
-from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
-from taut.shared_vectors import Mirrored, SharedVectors
+from taut.modules import parametrization, tensor_at
+from taut.recoding import Form, Recoding, chain, chains_of, core
+from taut.shared_weight import SharedForm, SharedValues, VectorForm
 from taut.statistics import Statistics
-from taut.technique import option, register_step
+from taut.technique import Technique, option, register_step
 from taut.types import Site
+
+__all__ = ["ShareValues", "SharedValues"]
 
 _log = logging.getLogger("taut")
 
@@ -63,6 +65,13 @@ class ShareValues(Recoding):
         "linear", choices=("linear", "density", "random"), help="where the centroids start"
     )
     iterations: int = option(50, low=0, high=1000, help="rounds of k-means at most")
+    scope: str = option(
+        "layer", choices=("layer", "network"),
+        help="a table for each layer, or one for all, with a scale for each",
+    )  # fmt: skip
+    portion: float = option(
+        1.0, low=0, high=1, help="of a table of the network, what counts as this site's; found"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,63 +96,116 @@ class ShareValues(Recoding):
                 f"out by only='!{site.name}'"
             )
 
+    def localise(
+        self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
+    ) -> dict[str, Technique]:
+        if self.scope == "layer":
+            return super().localise(model, sites, statistics)
+        points, weights, local = [], [], {}
+        for site in sites:
+            held = tensor_at(model, site.name).detach().cpu()
+            kept = held != 0 if chain(model, site) is not None else None
+            x, w = self._points(held, kept, site, statistics)
+            points.append(x / _scale(x))
+            weights.append(w / w.mean())
+        book, total = self._cluster(torch.cat(points), torch.cat(weights)), sum(map(len, points))
+        for site, x in zip(sites, points, strict=True):
+            local[site.name] = replace(self, portion=len(x) / total)
+            object.__setattr__(local[site.name], "_book", book)  # for `fit`; it is no option
+        return dict(local)
+
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
         indices = count if self.vector == 1 else -(-count // self.vector)
         if self.vector > 1 and count == site.numel:
             indices = site.shape[0] * -(-count // site.shape[0] // self.vector)
-        entries = min(2**self.bits, indices)
-        numbers = min(self._stored, indices) * self.vector
+        entries, stored = 2**self.bits, self._stored
+        if self.scope == "layer":
+            entries, stored = min(entries, indices), min(stored, indices)
+        numbers = stored * self.vector
         table = (2.0 if self.vector == 1 else 1.75) * numbers if inner is None else inner(numbers)
         spread = 0.95 if self.vector == 1 else 0.99
-        return spread * indices * math.log2(max(entries, 1)) / 8 + table
+        return spread * indices * math.log2(max(entries, 1)) / 8 + self.portion * table
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
+        index = torch.zeros(core.shape if self.vector == 1 else _runs(core, self.vector).shape[:2])
+        return self._form(index.to(core.device), core), core.new_zeros(self._stored * self.vector)
+
+    def _form(self, index: Tensor, core: Tensor) -> SharedForm:
+        index, shared = index.to(torch.uint8), self.scope == "network"
         if self.vector == 1:
-            index = torch.zeros_like(core, dtype=torch.uint8)
-            return SharedForm(index, self.symmetric), core.new_zeros(self._stored)
-        rows = _runs(core, self.vector)
-        form = VectorForm(rows.new_zeros(rows.shape[:2]), self.symmetric, core.shape)
-        return form, core.new_zeros(self._stored, self.vector)
+            return SharedForm(index, self.symmetric, shared)
+        return VectorForm(index, tuple(core.shape), self.vector, self.symmetric, shared)
 
     def fit(
         self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
     ) -> tuple[Form, Tensor]:
-        values = (core if matters is None else core[matters]).flatten()
-        if not bool(values.isfinite().all()):
-            raise RecipeError(f"share_values: site {site.name!r} holds NaN or infinite weights")
-        weights = self._weights(core, site, statistics)
-        if self.vector > 1:
-            return self._fit_vectors(core, weights, site)
-        if values.numel() < 2**self.bits:
+        points, weights = self._points(core, matters, site, statistics)
+        if len(points) < 2**self.bits:
             _log.info(
                 "share_values: %s has %d values for a table of %d; each keeps its own",
-                site.name, values.numel(), 2**self.bits,
+                site.name, len(points), 2**self.bits,
             )  # fmt: skip
-        sizes = values.abs() if self.symmetric else values
-        if self.weigh == "equal" or not len(values):
-            table = k_means(sizes, self._stored, self.init, self.iterations)
+        scale = _scale(points) if self.scope == "network" else torch.ones(())
+        book: Tensor | None = getattr(self, "_book", None)
+        table = self._cluster(points / scale, weights) if book is None else book
+        if self.vector == 1:
+            scaled = core / scale
+            index = nearest((scaled.abs() if self.symmetric else scaled).contiguous(), table)
+            if self.symmetric:
+                index += self._stored * (core < 0)
         else:
-            held = (weights if matters is None else weights[matters]).flatten()
-            table = vector_k_means(
-                sizes[:, None], held[:, None], self._stored, self.init, self.iterations, False
-            ).flatten().sort().values  # fmt: skip
-        index = nearest((core.abs() if self.symmetric else core).contiguous(), table)
-        if self.symmetric:
-            index += self._stored * (core < 0)
-        return SharedForm(index.to(torch.uint8), self.symmetric), table
+            whole = table.reshape(-1, self.vector).double()
+            whole = mirror(whole) if self.symmetric else whole
+            index = nearest_vector((points / scale).double(), weights.double(), whole)
+            index = index.reshape(_runs(core, self.vector).shape[:2])
+        form = self._form(index, core)
+        if form.scale is not None:
+            form.scale.copy_(scale)
+        return form, table
 
-    def _fit_vectors(self, core: Tensor, weights: Tensor, site: Site) -> tuple[Form, Tensor]:
-        vectors, weights = (_runs(t, self.vector) for t in (core, weights))
-        rows = vectors.shape[:2]
-        vectors, weights = vectors.flatten(0, 1), weights.flatten(0, 1)
-        table = vector_k_means(
-            vectors, weights, self._stored, self.init, self.iterations, self.symmetric
-        )
-        whole = mirror(table) if self.symmetric else table
-        index = nearest_vector(vectors.double(), weights.double(), whole.double())
-        return VectorForm(index.to(torch.uint8).reshape(rows), self.symmetric, core.shape), table
+    def place(self, model: nn.Module, site: Site, form: Form, new: Tensor) -> None:
+        """Sites that were given the same table are from then on trained as one."""
+        super().place(model, site, form, new)
+        if self.scope == "layer":
+            return
+        mine, any_part = core(model, site), replace(self, portion=1.0)
+        for _, links, held in chains_of(model):
+            step = links.recipe[-1]
+            alike = isinstance(step, ShareValues) and replace(step, portion=1.0) == any_part
+            if alike and held is not mine and torch.equal(held, mine):
+                for name in site.names:
+                    found = parametrization(model, name)
+                    assert found is not None
+                    found.original = held
+                return
+
+    def _points(
+        self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
+    ) -> tuple[Tensor, Tensor]:
+        """What is clustered, and how much each number's error counts: both [n, vector]."""
+        if not bool((core if matters is None else core[matters]).isfinite().all()):
+            raise RecipeError(f"share_values: site {site.name!r} holds NaN or infinite weights")
+        both = core, self._weights(core, site, statistics)
+        if self.vector > 1:  # nothing is masked then
+            points, weights = (_runs(t, self.vector).flatten(0, 1) for t in both)
+        else:
+            points, weights = ((t if matters is None else t[matters]).reshape(-1, 1) for t in both)
+        return points, weights
+
+    def _cluster(self, points: Tensor, weights: Tensor) -> Tensor:
+        """The table that suits these points: [stored · vector], of single values sorted."""
+        if self.vector > 1:
+            return vector_k_means(
+                points, weights, self._stored, self.init, self.iterations, self.symmetric
+            ).flatten()  # fmt: skip
+        sizes = points.abs() if self.symmetric else points
+        if self.weigh == "equal" or not len(points):
+            return k_means(sizes.flatten(), self._stored, self.init, self.iterations)
+        return vector_k_means(
+            sizes, weights, self._stored, self.init, self.iterations, False
+        ).flatten().sort().values  # fmt: skip
 
     def _weights(self, core: Tensor, site: Site, statistics: Statistics | None) -> Tensor:
         """How much the error of each entry of the core counts."""
@@ -164,106 +226,7 @@ def _runs(weight: Tensor, width: int) -> Tensor:
     return F.pad(matrix, (0, -matrix.shape[1] % width)).reshape(len(matrix), -1, width)
 
 
-class SharedForm(Form):
-    """weight = table[index]; the core is the table, sorted when it was fitted.
-
-    mirrored: the core is half of the table, whose other half is its opposite.
-    """
-
-    index: Tensor
-
-    def __init__(self, index: Tensor, mirrored: bool) -> None:
-        super().__init__()
-        self.register_buffer("index", index)
-        self.mirrored = mirrored
-
-    def forward(self, core: Tensor) -> Tensor:
-        table = mirror(core) if self.mirrored else core
-        return cast(Tensor, _Gather.apply(table, self.index))  # type: ignore[no-untyped-call]
-
-    def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
-        return None
-
-    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
-        return SharedValues(*self._stored(core, keep, inner))
-
-    def _stored(
-        self, core: Tensor, keep: Tensor | None, inner: Pack
-    ) -> tuple[Tensor, PackedWeight]:
-        """Indices into what is used of the table, and the used part, packed."""
-        index = (self.index if keep is None else self.index[keep]).long()
-        half = index % len(core)
-        used = torch.bincount(half.flatten(), minlength=len(core)) > 0
-        renumbered = (used.cumsum(0) - 1).clamp(min=0)[half]
-        places = used.reshape(-1, *[1] * (core.dim() - 1)).expand(core.shape)
-        if not self.mirrored:
-            return renumbered, inner(places)
-        return renumbered + (index >= len(core)) * used.sum(), Mirrored(inner(places))
-
-
-class VectorForm(SharedForm):
-    """A row of the weight = table[index] joined; index: [out, vectors], table: [entries, width]."""
-
-    def __init__(self, index: Tensor, mirrored: bool, shape: tuple[int, ...]) -> None:
-        super().__init__(index, mirrored)
-        self.shape = tuple(shape)
-
-    def forward(self, core: Tensor) -> Tensor:
-        rows = super().forward(core).flatten(1)
-        return rows[:, : math.prod(self.shape) // len(rows)].reshape(self.shape)
-
-    def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
-        assert keep is None, "no mask goes before vectors"
-        return SharedVectors(*self._stored(core, None, inner), core.shape[1], self.shape)
-
-
-class _Gather(torch.autograd.Function):
-    """table[index], whose gradient to an entry is the sum over its weights."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = table.shape
-        return table[index.int()]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        index, grad = ctx.saved_tensors[0].flatten(), grads[0]
-        if len(ctx.shape) > 1:
-            summed = grad.new_zeros(ctx.shape)
-            return summed.index_add_(0, index.int(), grad.reshape(len(index), -1)), None
-        summed = torch.bincount(index, weights=grad.flatten(), minlength=ctx.shape[0])
-        return summed.to(grad.dtype), None
-
-
-@register_format("shared_values.v1")
-class SharedValues(IndexedWeight):
-    """Small indices into one table. table: a packed weight [entries]."""
-
-    table: PackedWeight
-
-    def __init__(self, index: Tensor, table: PackedWeight) -> None:
-        super().__init__(index, table.numel)
-        self.table = table
-
-    def entries(self) -> Tensor:
-        return self.table.dense()
-
-    def meta(self) -> Meta:
-        return {"entries": self.table.numel}
-
-    def write(self, coder: Coder) -> None:
-        index = self.index.cpu().flatten().to(torch.int64).numpy()
-        coder.symbols("index", index, self.table.numel, self.numel)
-        with coder.inside("table"):
-            self.table.write(coder)
-
-    @classmethod
-    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
-        entries = meta.get("entries")
-        if type(entries) is not int or not 0 <= entries <= 256:
-            raise FormatError(f"shared_values.v1: entries must lie in [0, 256], got {entries!r}")
-        if entries == 0 and 0 not in shape:
-            raise FormatError("shared_values.v1: a table without entries cannot hold weights")
-        index = coder.symbols("index", None, max(entries, 1), math.prod(shape))
-        return cls(torch.from_numpy(index).reshape(shape), child("table", (entries,)))
+def _scale(points: Tensor) -> Tensor:
+    """The root mean square, as a bfloat16; one where all are zero."""
+    scale = points.square().mean().sqrt().bfloat16().float()
+    return scale if scale > 0 else torch.ones(())
