@@ -291,6 +291,10 @@ def test_what_is_shared_is_recoded_at_all_sites_or_none(trained, task):
     net = taut.apply(clone(trained), HashWeights(ratio=0.2, scope="network"), task)
     with pytest.raises(RecipeError, match=message):
         taut.apply(net, ShareValues(), task, found)
+    weights = [tensor_at(net, s.name).detach().clone() for s in found.sites]
+    taut.apply(net, HashWeights(ratio=0.2, scope="network"), task, found)  # the same once more
+    for site, weight in zip(found.sites, weights, strict=True):
+        assert torch.equal(tensor_at(net, site.name), weight)
     taut.apply(net, HashWeights(ratio=0.2), task, found)  # each its own again
     assert len({id(net[n].parametrizations.weight.original) for n in (0, 3, 5)}) == 3
 
@@ -330,6 +334,19 @@ def test_buckets_are_written_in_few_bits(tmp_path, trained, task, second):
     run_dense(loaded, False)
     x = torch.randn(5, 64)
     torch.testing.assert_close(loaded(x), net.eval()(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("first", [HashWeights(ratio=0.4), ShareValues(bits=3)])
+def test_dead_inputs_of_what_is_drawn_from_a_table_stay(first):
+    net = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 20))
+    with torch.no_grad():
+        net[0].weight[3], net[0].bias[3] = 0.0, 0.0
+    found = traced(net, 9)
+    for technique in (first, CodeLength()):
+        technique.apply(net, found.site("2.weight"))
+    before = tensor_at(net, "2.weight").detach().clone()
+    assert CodeLength().finish(net, found) == []
+    assert torch.equal(tensor_at(net, "2.weight"), before)
 
 
 def test_training_makes_up_for_few_buckets(tmp_path, trained, task):

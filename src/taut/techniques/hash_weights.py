@@ -17,7 +17,7 @@ frequency band (the sum of the indices of f) with buckets of its own: band b of 
 them that falls as B - b for each coefficient. A packed layer transforms its inputs instead.
 
 Across the network all sites draw from one vector; each multiplies what it draws by the root mean
-square of the weights that it had.
+square of the weights that it had. The padding row of an embedding is drawn like any other.
 
 Chen, Wilson, Tyree, Weinberger, Chen: Compressing Neural Networks with the Hashing Trick (ICML
 2015); by the same, Compressing Convolutional Neural Networks in the Frequency Domain (KDD 2016);
@@ -42,7 +42,7 @@ from taut.errors import RecipeError
 from taut.hashed_weight import MOST_WINDOW, Drawing, HashedWeight, bands_of, cosines_of, shares_of
 from taut.kernels.hashed import RUNS
 from taut.modules import parametrization, parametrized_names
-from taut.recoding import Form, Pack, PackedWeight, Recoding, chains_of, core
+from taut.recoding import Form, Pack, PackedWeight, Recoding, chain, chains_of, core
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.trace import Trace
@@ -196,10 +196,34 @@ class HashWeights(Recoding):
             return form, torch.randn_like(buckets) * spread
         return form, drawing.gathered(core) / counts.clamp(min=1)
 
+    def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> None:
+        links = chain(model, site)
+        if self.scope == "network" and links is not None and links.recipe[-1] == self:
+            return  # fitted anew it would find what it has, and move what others draw
+        super().apply(model, site, statistics)
+
     def place(self, model: nn.Module, site: Site, form: Form, new: Tensor) -> None:
         super().place(model, site, form, new)
         if self.scope == "network":
-            _join(model, core(model, site), keep=self.init == "random")
+            self._join(model, core(model, site))
+
+    def _join(self, model: nn.Module, new: Tensor) -> None:
+        """Let all sites that this has hashed draw from one vector: the mean over all their weights.
+
+        Where buckets start at random, those that were there before stay.
+        """
+        mine = {c: held for _, c, held in chains_of(model) if c.recipe[-1] == self}
+        if self.init == "random":
+            merged = next((held for held in mine.values() if held is not new), new)
+        else:
+            counts = {c: cast(Hashed, c.forms[-1]).drawing().counts().to(new) for c in mine}
+            total = torch.stack(list(counts.values())).sum(0).clamp(min=1)
+            merged = sum((counts[c] * held for c, held in mine.items()), 0 * new) / total
+        shared = nn.Parameter(merged.detach())
+        for name in parametrized_names(model):
+            found = parametrization(model, name)
+            if found is not None and found[0] in mine:
+                found.original = shared
 
 
 class Hashed(Form):
@@ -250,25 +274,3 @@ class _Averaged(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (counts,) = ctx.saved_tensors
         return grads[0] / counts.clamp(min=1), None
-
-
-def _join(model: nn.Module, new: Tensor, keep: bool) -> None:
-    """Let all sites that share their buckets, as many as the newest one's, have the same ones.
-
-    They become the mean over the weights of all; keep: those that were there before it stay.
-    """
-    cores = {
-        links: trained
-        for _, links, trained in chains_of(model)
-        if links.forms[-1].shares_core and trained.shape == new.shape
-    }
-    counts = {links: cast(Hashed, links.forms[-1]).drawing().counts().to(new) for links in cores}
-    total = torch.stack(list(counts.values())).sum(0)
-    merged = sum((counts[c] * cores[c].detach() for c in cores), 0 * new) / total.clamp(min=1)
-    if keep:
-        merged = next((trained for trained in cores.values() if trained is not new), new)
-    shared = nn.Parameter(merged.detach())
-    for name in parametrized_names(model):
-        found = parametrization(model, name)
-        if found is not None and found[0] in cores:
-            found.original = shared
