@@ -12,9 +12,10 @@ or vec(W') = S · w, where each row of S [weights, buckets] has one entry, 1 or 
 is Sᵀ · vec(∂L/∂W'), and the buckets nearest to a trained W are (SᵀS)⁻¹ · Sᵀ · vec(W): SᵀS counts
 the weights of each bucket, and each starts at the mean of its weights, their signs undone.
 
-In the frequency domain a filter is Σ_f V[f] · cosine_f, the orthonormal DCT, and V is hashed, each
-frequency band (the sum of the indices of f) with buckets of its own: band b of B gets a share of
-them that falls as B - b for each coefficient. A packed layer transforms its inputs instead.
+By bands a convolution is hashed in the frequency domain: a filter is Σ_f V[f] · cosine_f, the
+orthonormal DCT, and V is hashed, each frequency band (the sum of the indices of f) with buckets of
+its own: band b of B gets a share of them that falls as B - b for each coefficient. A packed layer
+transforms its inputs instead.
 
 Across the network all sites draw from one vector; each multiplies what it draws by the root mean
 square of the weights that it had. The padding row of an embedding is drawn like any other.
@@ -62,12 +63,10 @@ class HashWeights(Recoding):
     gradient: str = option(
         "sum", choices=("sum", "mean"), help="of a bucket, over its weights; sum is the true one"
     )
-    domain: str = option(
-        "space", choices=("space", "frequency"), help="of the filters of a convolution"
-    )
     scope: str = option(
-        "layer", choices=("layer", "network"),
-        help="of a vector of buckets: a site each, or all sites together, counts and all",
+        "layer", choices=("layer", "band", "network"),
+        help="what has buckets of its own: a site, each frequency band of a convolution's filters, "
+        "or all sites together",
     )  # fmt: skip
     init: str = option(
         "mean", choices=("mean", "random"),
@@ -79,11 +78,6 @@ class HashWeights(Recoding):
         super().__post_init__()
         if self.run not in RUNS:
             raise RecipeError(f"hash_weights: run must be 1, 4, 16 or 64, got {self.run}")
-        if self.scope == "network" and self.domain == "frequency":
-            raise RecipeError(
-                "hash_weights: domain='frequency' splits the buckets of a site among bands, and "
-                "scope='network' leaves it none of its own; choose one of them"
-            )
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
         chosen = super().sites(trace)
@@ -158,7 +152,7 @@ class HashWeights(Recoding):
         return 14 + buckets * (1.72 * (1 - empty) + entropy / 8)
 
     def _bands(self, shape: tuple[int, ...]) -> int:
-        frequent = self.domain == "frequency" and math.prod(shape[2:]) <= MOST_WINDOW
+        frequent = self.scope == "band" and math.prod(shape[2:]) <= MOST_WINDOW
         return bands_of(shape[2:]) if frequent else 1
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
