@@ -55,7 +55,7 @@ class TestCodeLength(RecodingContract):
 class TestHashWeights(RecodingContract):
     under_test = (
         HashWeights(),
-        HashWeights(ratio=0.25, gradient="mean", domain="frequency"),
+        HashWeights(ratio=0.25, gradient="mean", scope="band"),
         HashWeights(ratio=0.3, run=16, init="random", seed=7),
         HashWeights(ratio=0.1, scope="network"),
     )

@@ -158,7 +158,7 @@ def test_the_cosines_are_the_dct():
 
 def test_each_band_draws_from_buckets_of_its_own():
     net, site = conv()
-    HashWeights(ratio=0.3, domain="frequency").apply(net, site)
+    HashWeights(ratio=0.3, scope="band").apply(net, site)
     form, buckets = chain(net, site).forms[0], core(net, site)
     cosines, sizes = cosines_of((3, 3))
     bands = form.drawing().bands
@@ -182,13 +182,13 @@ def test_smooth_filters_keep_more_by_their_frequencies():
         plane = torch.randn(6, 4, 1, 1) + torch.randn(6, 4, 1, 1) * ramp[:, None]
         net[0].weight.copy_(plane + torch.randn(6, 4, 1, 1) * ramp)
     errors = {}
-    for domain in ("space", "frequency"):
+    for scope in ("layer", "band"):
         copied = clone(net)
-        HashWeights(ratio=0.25, domain=domain).apply(copied, site)
-        errors[domain] = float(
+        HashWeights(ratio=0.25, scope=scope).apply(copied, site)
+        errors[scope] = float(
             (tensor_at(copied, site.name) - net[0].weight).square().mean().detach()
         )
-    assert errors["frequency"] < 0.7 * errors["space"]
+    assert errors["band"] < 0.7 * errors["layer"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_smooth_filters_keep_more_by_their_frequencies():
     ids=lambda value: type(value).__name__,
 )
 def test_convolutions_run_packed_as_they_trained(tmp_path, layer, shape):
-    technique = HashWeights(ratio=0.3, domain="frequency")
+    technique = HashWeights(ratio=0.3, scope="band")
     blank = nn.Sequential(clone(layer))
     net, _ = hashed(technique, nn.Sequential(layer), *shape)
     taut.pack(net, tmp_path / "net.taut", "float32")
@@ -291,6 +291,10 @@ def test_what_is_shared_is_recoded_at_all_sites_or_none(trained, task):
     net = taut.apply(clone(trained), HashWeights(ratio=0.2, scope="network"), task)
     with pytest.raises(RecipeError, match=message):
         taut.apply(net, ShareValues(), task, found)
+    weights = [tensor_at(net, s.name).detach().clone() for s in found.sites]
+    taut.apply(net, HashWeights(ratio=0.2, scope="network"), task, found)  # the same once more
+    for site, weight in zip(found.sites, weights, strict=True):
+        assert torch.equal(tensor_at(net, site.name), weight)
     taut.apply(net, HashWeights(ratio=0.2), task, found)  # each its own again
     assert len({id(net[n].parametrizations.weight.original) for n in (0, 3, 5)}) == 3
 
@@ -330,6 +334,19 @@ def test_buckets_are_written_in_few_bits(tmp_path, trained, task, second):
     run_dense(loaded, False)
     x = torch.randn(5, 64)
     torch.testing.assert_close(loaded(x), net.eval()(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("first", [HashWeights(ratio=0.4), ShareValues(bits=3)])
+def test_dead_inputs_of_what_is_drawn_from_a_table_stay(first):
+    net = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 20))
+    with torch.no_grad():
+        net[0].weight[3], net[0].bias[3] = 0.0, 0.0
+    found = traced(net, 9)
+    for technique in (first, CodeLength()):
+        technique.apply(net, found.site("2.weight"))
+    before = tensor_at(net, "2.weight").detach().clone()
+    assert CodeLength().finish(net, found) == []
+    assert torch.equal(tensor_at(net, "2.weight"), before)
 
 
 def test_training_makes_up_for_few_buckets(tmp_path, trained, task):
@@ -391,8 +408,8 @@ def test_fewer_buckets_than_bands_are_refused():
     with pytest.raises(
         RecipeError, match=r"at least 5 buckets, one for each of its 5 bands .*; buckets=4 leaves 4"
     ):
-        HashWeights(buckets=4, domain="frequency").apply(net, site)
-    HashWeights(buckets=5, domain="frequency").apply(net, site)
+        HashWeights(buckets=4, scope="band").apply(net, site)
+    HashWeights(buckets=5, scope="band").apply(net, site)
 
 
 def test_what_would_be_enlarged_is_left_and_said(tmp_path, trained, task, caplog):
@@ -413,11 +430,9 @@ def test_what_would_be_enlarged_is_left_and_said(tmp_path, trained, task, caplog
         HashWeights(buckets=9999, scope="network").sites(found)
 
 
-def test_runs_and_scopes_that_do_not_exist_are_refused():
+def test_runs_that_do_not_exist_are_refused():
     with pytest.raises(RecipeError, match="hash_weights: run must be 1, 4, 16 or 64, got 2"):
         HashWeights(run=2)
-    with pytest.raises(RecipeError, match="scope='network' leaves it none of its own; choose one"):
-        HashWeights(domain="frequency", scope="network")
 
 
 def test_masks_and_shared_values_come_after_or_not_at_all(trained, task):

@@ -261,12 +261,9 @@ Pack = Callable[[Tensor | None], PackedWeight]
 
 
 class Form(nn.Module, ABC):
-    """A trainable form: `forward` maps a core to the tensor that it stands for.
+    """A trainable form: `forward` maps a core to the tensor that it stands for."""
 
-    shares_core: whether other sites have the very same core, so that no further form can recode it.
-    """
-
-    shares_core = False
+    shares_core = False  # whether other sites have the very same core: no other form can recode it
 
     @abstractmethod
     def forward(self, core: Tensor) -> Tensor: ...
@@ -334,16 +331,17 @@ class Chain(nn.Module):
 
     def clear(self, core: Tensor, where: Tensor) -> bool:
         """Make these entries of the weight zero by the first form that can; False without one."""
-        stages = self.stages(core)
-        return any(f.clear(c if c is core else None, where) for f, c in stages)
+        shape = where.shape  # a form further in may stand for a table, not for the weight
+        for form, its_core in self.stages(core):
+            if shape == where.shape and form.clear(its_core if its_core is core else None, where):
+                return True
+            shape = its_core.shape
+        return False
 
     def pack(
         self, core: Tensor, precision: str = "auto", made: dict[int, PackedWeight] | None = None
     ) -> PackedWeight:
-        """The packed weight; whatever no form recodes is stored at `precision`.
-
-        made: what whole cores became, by their ids: one that sites share is packed once.
-        """
+        """The packed weight; what no form recodes is stored at `precision`; made: whole cores."""
         stages = self.stages(core.detach())
 
         def at(depth: int, keep: Tensor | None) -> PackedWeight:

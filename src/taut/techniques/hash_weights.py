@@ -12,12 +12,13 @@ or vec(W') = S · w, where each row of S [weights, buckets] has one entry, 1 or 
 is Sᵀ · vec(∂L/∂W'), and the buckets nearest to a trained W are (SᵀS)⁻¹ · Sᵀ · vec(W): SᵀS counts
 the weights of each bucket, and each starts at the mean of its weights, their signs undone.
 
-In the frequency domain a filter is Σ_f V[f] · cosine_f, the orthonormal DCT, and V is hashed, each
-frequency band (the sum of the indices of f) with buckets of its own: band b of B gets a share of
-them that falls as B - b for each coefficient. A packed layer transforms its inputs instead.
+By bands a convolution is hashed in the frequency domain: a filter is Σ_f V[f] · cosine_f, the
+orthonormal DCT, and V is hashed, each frequency band (the sum of the indices of f) with buckets of
+its own: band b of B gets a share of them that falls as B - b for each coefficient. A packed layer
+transforms its inputs instead.
 
 Across the network all sites draw from one vector; each multiplies what it draws by the root mean
-square of the weights that it had.
+square of the weights that it had. The padding row of an embedding is drawn like any other.
 
 Chen, Wilson, Tyree, Weinberger, Chen: Compressing Neural Networks with the Hashing Trick (ICML
 2015); by the same, Compressing Convolutional Neural Networks in the Frequency Domain (KDD 2016);
@@ -42,7 +43,7 @@ from taut.errors import RecipeError
 from taut.hashed_weight import MOST_WINDOW, Drawing, HashedWeight, bands_of, cosines_of, shares_of
 from taut.kernels.hashed import RUNS
 from taut.modules import parametrization, parametrized_names
-from taut.recoding import Form, Pack, PackedWeight, Recoding, chains_of, core
+from taut.recoding import Form, Pack, PackedWeight, Recoding, chain, chains_of, core
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.trace import Trace
@@ -62,12 +63,10 @@ class HashWeights(Recoding):
     gradient: str = option(
         "sum", choices=("sum", "mean"), help="of a bucket, over its weights; sum is the true one"
     )
-    domain: str = option(
-        "space", choices=("space", "frequency"), help="of the filters of a convolution"
-    )
     scope: str = option(
-        "layer", choices=("layer", "network"),
-        help="of a vector of buckets: a site each, or all sites together, counts and all",
+        "layer", choices=("layer", "band", "network"),
+        help="what has buckets of its own: a site, each frequency band of a convolution's filters, "
+        "or all sites together",
     )  # fmt: skip
     init: str = option(
         "mean", choices=("mean", "random"),
@@ -79,11 +78,6 @@ class HashWeights(Recoding):
         super().__post_init__()
         if self.run not in RUNS:
             raise RecipeError(f"hash_weights: run must be 1, 4, 16 or 64, got {self.run}")
-        if self.scope == "network" and self.domain == "frequency":
-            raise RecipeError(
-                "hash_weights: domain='frequency' splits the buckets of a site among bands, and "
-                "scope='network' leaves it none of its own; choose one of them"
-            )
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
         chosen = super().sites(trace)
@@ -158,7 +152,7 @@ class HashWeights(Recoding):
         return 14 + buckets * (1.72 * (1 - empty) + entropy / 8)
 
     def _bands(self, shape: tuple[int, ...]) -> int:
-        frequent = self.domain == "frequency" and math.prod(shape[2:]) <= MOST_WINDOW
+        frequent = self.scope == "band" and math.prod(shape[2:]) <= MOST_WINDOW
         return bands_of(shape[2:]) if frequent else 1
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
@@ -196,10 +190,34 @@ class HashWeights(Recoding):
             return form, torch.randn_like(buckets) * spread
         return form, drawing.gathered(core) / counts.clamp(min=1)
 
+    def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> None:
+        links = chain(model, site)
+        if self.scope == "network" and links is not None and links.recipe[-1] == self:
+            return  # fitted anew it would find what it has, and move what others draw
+        super().apply(model, site, statistics)
+
     def place(self, model: nn.Module, site: Site, form: Form, new: Tensor) -> None:
         super().place(model, site, form, new)
         if self.scope == "network":
-            _join(model, core(model, site), keep=self.init == "random")
+            self._join(model, core(model, site))
+
+    def _join(self, model: nn.Module, new: Tensor) -> None:
+        """Let all sites that this has hashed draw from one vector: the mean over all their weights.
+
+        Where buckets start at random, those that were there before stay.
+        """
+        mine = {c: held for _, c, held in chains_of(model) if c.recipe[-1] == self}
+        if self.init == "random":
+            merged = next((held for held in mine.values() if held is not new), new)
+        else:
+            counts = {c: cast(Hashed, c.forms[-1]).drawing().counts().to(new) for c in mine}
+            total = torch.stack(list(counts.values())).sum(0).clamp(min=1)
+            merged = sum((counts[c] * held for c, held in mine.items()), 0 * new) / total
+        shared = nn.Parameter(merged.detach())
+        for name in parametrized_names(model):
+            found = parametrization(model, name)
+            if found is not None and found[0] in mine:
+                found.original = shared
 
 
 class Hashed(Form):
@@ -250,25 +268,3 @@ class _Averaged(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (counts,) = ctx.saved_tensors
         return grads[0] / counts.clamp(min=1), None
-
-
-def _join(model: nn.Module, new: Tensor, keep: bool) -> None:
-    """Let all sites that share their buckets, as many as the newest one's, have the same ones.
-
-    They become the mean over the weights of all; keep: those that were there before it stay.
-    """
-    cores = {
-        links: trained
-        for _, links, trained in chains_of(model)
-        if links.forms[-1].shares_core and trained.shape == new.shape
-    }
-    counts = {links: cast(Hashed, links.forms[-1]).drawing().counts().to(new) for links in cores}
-    total = torch.stack(list(counts.values())).sum(0)
-    merged = sum((counts[c] * cores[c].detach() for c in cores), 0 * new) / total.clamp(min=1)
-    if keep:
-        merged = next((trained for trained in cores.values() if trained is not new), new)
-    shared = nn.Parameter(merged.detach())
-    for name in parametrized_names(model):
-        found = parametrization(model, name)
-        if found is not None and found[0] in cores:
-            found.original = shared
