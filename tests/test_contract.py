@@ -5,9 +5,11 @@ import pytest
 from taut.recoding import Recoding
 from taut.technique import techniques
 from taut.techniques import (
+    Binarize,
     CodeLength,
     HashWeights,
     L0Gates,
+    LearnedLevels,
     PruneWeights,
     ShareValues,
     StructuredMatrix,
@@ -81,6 +83,24 @@ class TestVariationalDropout(RecodingContract):
     under_test = (
         VariationalDropout(),
         VariationalDropout(noise=0.01, threshold=0.0),
+    )
+
+
+class TestBinarize(RecodingContract):
+    under_test = (
+        Binarize(ends=True),
+        Binarize(ends=True, weights="ternary"),
+        Binarize(ends=True, weights="trained"),
+        Binarize(ends=True, weights="stochastic", scale="none"),
+        Binarize(ends=True, weights="ternary", scale="site"),
+    )
+
+
+class TestLearnedLevels(RecodingContract):
+    under_test = (
+        LearnedLevels(ends=True),
+        LearnedLevels(ends=True, bits=1),
+        LearnedLevels(ends=True, bits=3, activations=2),
     )
 
 

@@ -3,7 +3,6 @@
 After a change of the format on purpose: `TAUT_WRITE_GOLDEN=1 pytest tests/test_golden.py`.
 """
 
-import itertools
 import json
 import math
 import os
@@ -11,25 +10,22 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import golden_structures as structures
 import pytest
 import torch
 import xxhash
+from golden_structures import TABLE, index, mask, numbers
 from torch import Tensor, nn
 
+from taut.activations import LevelCode, StepCode
+from taut.bit_weight import BitWeight
+from taut.container import DICTIONARY, encode
 from taut.hashed_weight import Drawing, HashedWeight
+from taut.kernels import Levels
 from taut.layers import packed_layers
-from taut.pack import DICTIONARY, encode, inspect, load
-from taut.recoding import FORMATS, PackedWeight, Plain
-from taut.shared_weight import Mirrored, Scaled, SharedVectors
+from taut.pack import inspect, load
+from taut.packed import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
-from taut.structured_weight import (
-    BlockCirculant,
-    BlockToeplitz,
-    CirculantWeight,
-    Kronecker,
-    KroneckerWeight,
-    ToeplitzWeight,
-)
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
 
@@ -49,26 +45,6 @@ class Net(nn.Module):
         self.again.weight = self.first.weight
 
 
-def numbers(*shape: int) -> Tensor:
-    """Multiples of 1/16 in [-1, 1], which every precision holds exactly: a function of nothing."""
-    i = torch.arange(torch.Size(shape).numel())
-    return (((7 * i * i + 3 * i) % 33 - 16) / 16).reshape(shape)
-
-
-def mask(*shape: int) -> Tensor:
-    """About a third of the places, in rows and columns unlike each other."""
-    i = torch.arange(torch.Size(shape).numel())
-    return ((i * i + i // 20) % 7 < 2).reshape(shape)
-
-
-def index(count: int) -> Tensor:
-    i = torch.arange(count)
-    return (i * i + 2) % 11 % 5
-
-
-TABLE = torch.tensor([-0.75, -0.125, 0.0, 0.25, 1.0])
-
-
 def plain(*shape: int) -> PackedWeight:
     return Plain.of(numbers(*shape))
 
@@ -79,27 +55,6 @@ def sparse(*shape: int) -> PackedWeight:
 
 def shared(*shape: int) -> PackedWeight:
     return SharedValues(index(torch.Size(shape).numel()).reshape(shape), Plain.of(TABLE))
-
-
-def vectors(*shape: int) -> PackedWeight:
-    """Five vectors of four; the last of a row may stick out."""
-    across = -(-math.prod(shape[1:]) // 4)
-    which = index(shape[0] * across).reshape(shape[0], across)
-    return SharedVectors(which, Plain.of(numbers(20)), 4, shape)
-
-
-def mirrored(*shape: int) -> PackedWeight:
-    which = index(torch.Size(shape).numel()).reshape(shape)
-    return SharedValues(which, Mirrored(Plain.of(TABLE[2:])))
-
-
-HALF = Plain.of(TABLE[2:])
-
-
-def shared_together(*shape: int) -> PackedWeight:
-    """Two weights that have one table, of opposite values, the second at half its size."""
-    which = index(torch.Size(shape).numel()).reshape(shape)
-    return SharedValues(which, Scaled(Mirrored(HALF), 1.0 if len(shape) > 2 else 0.5))
 
 
 def integers(*shape: int) -> PackedWeight:
@@ -116,67 +71,6 @@ def sparse_sparse(*shape: int) -> PackedWeight:
     kept = mask(*shape)
     inner = mask(int(kept.sum()))
     return SparseWeight(kept, SparseWeight(inner, Plain.of(numbers(*shape)[kept][inner])))
-
-
-def circulant(*shape: int) -> PackedWeight:
-    structure = BlockCirculant(shape=shape, block=4)
-    return CirculantWeight(structure, Plain.of(numbers(*structure.generators)))
-
-
-def toeplitz(*shape: int) -> PackedWeight:
-    structure = BlockToeplitz(shape=shape, block=3)
-    return ToeplitzWeight(structure, Plain.of(numbers(*structure.generators)))
-
-
-def kronecker(*shape: int) -> PackedWeight:
-    structure = Kronecker(shape=shape, high=1, wide=2, terms=2)
-    return KroneckerWeight(structure, Plain.of(numbers(*structure.generators)))
-
-
-def dense_vectors(*shape: int) -> Tensor:
-    """One entry after another, as a person would."""
-    columns = math.prod(shape[1:])
-    across = -(-columns // 4)
-    which, out = index(shape[0] * across), torch.zeros(shape[0], columns)
-    for i, j in itertools.product(range(shape[0]), range(columns)):
-        out[i, j] = numbers(20)[4 * int(which[i * across + j // 4]) + j % 4]
-    return out.reshape(shape)
-
-
-def dense_mirrored(*shape: int) -> Tensor:
-    signs = torch.tensor([0.0, 0.25, 1.0, -0.0, -0.25, -1.0])
-    return signs[index(torch.Size(shape).numel())].reshape(shape)
-
-
-def dense_shared_together(*shape: int) -> Tensor:
-    return dense_mirrored(*shape) * (1 if len(shape) > 2 else 0.5)
-
-
-def dense_blocks(shape: tuple[int, ...], b: int, diagonals: int) -> Tensor:
-    """One entry after another: inputs are counted last; i - j chooses from each block's numbers."""
-    out, window = torch.zeros(shape), math.prod(shape[2:])
-    flat, (rows, inputs) = out.reshape(*shape[:2], window), shape[:2]
-    across = -(-inputs * window // b)
-    g = numbers(-(-rows // b), across, diagonals)
-    for i, c, place in itertools.product(range(rows), range(inputs), range(window)):
-        j = place * inputs + c
-        offset = (i - j) % b if diagonals == b else i % b - j % b + b - 1
-        flat[i, c, place] = g[i // b, j // b, offset]
-    return out
-
-
-def dense_kronecker(*shape: int) -> Tensor:
-    """One entry after another: A is as high as the matrix and half as wide, B is one row of two."""
-    out, window = torch.zeros(shape), math.prod(shape[2:])
-    flat, (rows, inputs) = out.reshape(*shape[:2], window), shape[:2]
-    half = inputs * window // 2
-    g = numbers(2 * rows * half + 2 * 2)
-    for i, c, place in itertools.product(range(rows), range(inputs), range(window)):
-        j = place * inputs + c
-        for t in range(2):
-            a = g[(t * rows + i) * half + j // 2]
-            flat[i, c, place] += a * g[2 * rows * half + 2 * t + j % 2]
-    return out
 
 
 def dense_sparse_sparse(*shape: int) -> Tensor:
@@ -255,51 +149,62 @@ def dense_hashed_together(*shape: int) -> Tensor:
     return found / 2 if len(shape) == 4 else found
 
 
+def bits(*shape: int) -> PackedWeight:
+    """Two planes, and scales for each row."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).reshape(shape)
+    return BitWeight(codes, Plain.of(scales_of(shape[0])))
+
+
+def scales_of(rows: int) -> Tensor:
+    return torch.stack([torch.arange(1, rows + 1) / 4, torch.arange(rows, 0, -1) / 8])
+
+
+def dense_bits(*shape: int) -> Tensor:
+    """One weight after another, as a person would."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).tolist()
+    low, high = scales_of(shape[0]).tolist()
+    each, out = len(codes) // shape[0], []
+    for i, code in enumerate(codes):
+        row = i // each
+        out.append((low[row] if code & 1 else -low[row]) + (high[row] if code & 2 else -high[row]))
+    return torch.tensor(out).reshape(shape)
+
+
 WRITTEN = {
+    **structures.WRITTEN,
+    "bits": bits,
     "hashed": hashed,
     "hashed_together": hashed_together,
     "plain": plain,
+    "codes": plain,
     "sparse": sparse,
     "shared_values": shared,
     "integers": integers,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
-    "shared_vectors": vectors,
-    "mirrored": mirrored,
-    "shared_together": shared_together,
-    "circulant": circulant,
-    "toeplitz": toeplitz,
-    "kronecker": kronecker,
 }
 MEANT = {
+    **structures.MEANT,
     "hashed": dense_hashed,
     "hashed_together": dense_hashed_together,
+    "bits": dense_bits,
     "plain": numbers,
+    "codes": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
     "integers": numbers,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
-    "shared_vectors": dense_vectors,
-    "mirrored": dense_mirrored,
-    "shared_together": dense_shared_together,
-    "circulant": lambda *shape: dense_blocks(shape, 4, 4),
-    "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
-    "kronecker": dense_kronecker,
 }
 
 
-def table_of(scale: float, first: Any) -> list[Any]:
-    """The node of indices into a scaled table of opposite values."""
-    mirrored = ["mirrored.v1", {}, {"first": first}]
-    table = ["scaled.v1", {"scale": scale}, {"first": mirrored}]
-    return ["shared_values.v1", {"entries": 6}, {"table": table}]
-
-
 NODES: dict[str, Any] = {
+    **structures.NODES,
     "hashed": ["hashed.v1", {"buckets": 9, "run": 16}, {"buckets": ["plain.v1"]}],
     "hashed_together": ["hashed.v1", {"buckets": 7}, {"buckets": "conv.weight.buckets"}],
+    "bits": ["bits.v1", {"planes": 2, "rows": True}, {"scale": ["plain.v1"]}],
     "plain": ["plain.v1"],
+    "codes": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
     "integers": ["integers.v1"],
@@ -309,31 +214,32 @@ NODES: dict[str, Any] = {
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
-    "shared_vectors": [
-        "shared_vectors.v1",
-        {"entries": 5, "width": 4},
-        {"table": ["plain.v1"]},
-    ],
-    "mirrored": [
-        "shared_values.v1",
-        {"entries": 6},
-        {"table": ["mirrored.v1", {}, {"first": ["plain.v1"]}]},
-    ],
-    "shared_together": table_of(0.5, "conv.weight.table.first.first"),
-    "circulant": ["circulant.v1", {"block": 4}, {"generators": ["plain.v1"]}],
-    "toeplitz": ["toeplitz.v1", {"block": 3}, {"generators": ["plain.v1"]}],
-    "kronecker": [
-        "kronecker.v1",
-        {"high": 1, "wide": 2, "terms": 2},
-        {"generators": ["plain.v1"]},
-    ],
 }
 NODES_OF_CONV: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
     "hashed_together": ["hashed.v1", {"buckets": 7, "scale": 0.5}, {"buckets": ["plain.v1"]}],
-    "shared_together": table_of(1.0, ["plain.v1"]),
+    "shared_together": structures.table_of(1.0, ["plain.v1"]),
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
+
+
+def codes() -> State:
+    """What the inputs of two layers are rounded to: ±1 and 0 by channel, and signed steps."""
+    levels = Levels(
+        thresholds=torch.tensor([[-0.5, -0.25], [0.5, 0.75]]),
+        pattern=torch.tensor([0, 1, 3], dtype=torch.uint8),
+        scale=torch.tensor([0.5, 0.5]),
+    )
+    return {
+        ("conv:input",): LevelCode(levels),
+        ("again:input",): StepCode(torch.tensor([0.125]), -8, 7),
+    }
+
+
+CODES = [
+    ["conv:input", [7], ["levels.v1", {"planes": 2, "pattern": "000103"}]],
+    ["again:input", [1], ["steps.v1", {"low": -8, "high": 7}]],
+]
 
 
 def written(name: str) -> State:
@@ -349,6 +255,7 @@ def written(name: str) -> State:
         ("norm.running_var",): Plain.of(torch.zeros(3)),
         ("norm.num_batches_tracked",): Plain.of(torch.tensor(1234)),
         ("again.bias",): Plain.of(numbers(20), "float32"),
+        **(codes() if name == "codes" else {}),
     }
 
 
@@ -382,6 +289,7 @@ def header(name: str) -> list[Any]:
         ["norm.running_var", [3], ["plain.v1"]],
         ["norm.num_batches_tracked", [], ["plain.v1", {"as": "int64"}]],
         ["again.bias", [20], ["plain.v1", {"as": "float32"}]],
+        *(CODES if name == "codes" else []),
     ]
 
 
@@ -412,7 +320,15 @@ def test_a_golden_file_decodes_to_the_exact_tensors(name: str) -> None:
         got = getattr(module, leaf.partition(".")[2])
         assert got.dtype is expected.dtype
         assert torch.equal(got, expected), tensor_name
-    packed = {} if name == "plain" else packed_layers(model)
+    packed = packed_layers(model)
+    if name == "codes":
+        assert list(packed) == ["conv", "again"]
+        x = torch.tensor([[[[-0.5]], [[0.5]]], [[[-0.625]], [[0.75]]]])
+        assert packed["conv"].rounded(x).flatten().tolist() == [0.0, 0.0, -1.0, 1.0]
+        assert packed["again"].rounded(numbers(20)).tolist() == [
+            min(max(math.floor(v * 8 + 0.5), -8), 7) / 8 for v in numbers(20).tolist()
+        ]
+        return
     assert list(packed) == ([] if name == "plain" else ["conv", "first", "again"])
     for layer in packed.values():
         assert layer.packed["weight"].format == NODES[name][0]
@@ -442,14 +358,15 @@ def test_every_format_has_a_golden_file() -> None:
 
 def test_the_account_of_a_golden_file(name: str) -> None:
     summary = inspect(FOLDER / f"{name}.taut")
-    assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20
+    of_codes = 7 + 1 if name == "codes" else 0
+    assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20 + of_codes
     count = {t.names[0]: sum(p.count for p in t.parts.values()) for t in summary.tensors}
     kept = int(mask(20, 20).sum())
     again = int(mask(kept).sum())
     expected = {
-        "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
-        "sparse_sparse": 400 + kept + again, "circulant": 5 * 5 * 4, "toeplitz": 7 * 7 * 5,
-        "kronecker": 2 * (20 * 10 + 2), "shared_vectors": 100 + 20, "mirrored": 400 + 3,
-        "hashed": 4 + 9, "hashed_together": 4, "shared_together": 400,
+        "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
+        "integers": 404,
+        "sparse_sparse": 400 + kept + again, **structures.COUNTS,
+        "hashed": 4 + 9, "hashed_together": 4,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -11,15 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import taut
+from taut.container import encode
 from taut.errors import RecipeError
 from taut.hashed_weight import Drawing, HashedWeight, bands_of, cosines_of, shares_of
 from taut.kernels import hashed_rows, reference
 from taut.layers import packed_layers, run_dense
 from taut.modules import clone, plain_copy, tensor_at, weights_in_use
-from taut.pack import encode, packed_state
+from taut.pack import packed_state
+from taut.packed import Plain
 from taut.plan import check
 from taut.recipe import Recipe
-from taut.recoding import Plain, chain, core
+from taut.recoding import chain, core
 from taut.statistics import Statistics
 from taut.techniques import CodeLength, HashWeights, PruneWeights, ShareValues
 from taut.trace import trace

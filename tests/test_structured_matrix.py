@@ -11,9 +11,10 @@ from torch import nn
 from taut.errors import RecipeError
 from taut.modules import tensor_at
 from taut.pack import packed_state
+from taut.packed import Plain
 from taut.plan import check
 from taut.recipe import Recipe
-from taut.recoding import Plain, core
+from taut.recoding import core
 from taut.structured_weight import (
     BlockCirculant,
     BlockToeplitz,

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,13 @@ import torch
 import xxhash
 from torch import nn
 
-from taut import processes
+from taut import edits, processes
+from taut.activations import input_forms, place_input
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
 from taut.growth import apply_where_smaller
+from taut.machine import machine, versions
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
 from taut.pack import check_precision, load, pack
@@ -38,6 +38,7 @@ from taut.processes import is_main, once
 from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
+from taut.reshaping import Reshaping, check_order
 from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
@@ -135,20 +136,19 @@ def compress(
 def apply(
     model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None = None
 ) -> nn.Module:
-    """Put a technique's trainable form on a model, in place, and return the model.
+    """Put a technique on a model, in place, and return the model (or the one that took its place).
 
     It is then an ordinary module for any training loop; `taut.pack` writes it. A site that the
     technique is predicted to make larger is left as it is, and the log says so. traced: of the
     original network, needed where the model carries forms already.
     """
-    _apply(model, technique, task, traced)
-    return model
+    return _apply(model, technique, task, traced)[0]
 
 
 def _apply(
     model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None
-) -> list[LeftAlone]:
-    """What `apply` does. Returns the sites that were left alone."""
+) -> tuple[nn.Module, list[LeftAlone]]:
+    """What `apply` does. Returns the sites that were left alone, too."""
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
         raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
@@ -157,10 +157,12 @@ def _apply(
             f"apply: the network carries forms already, so {step.name} needs the trace of the "
             "original: traced = taut.trace(original, task.example()), taken before the first apply"
         )
+    check_order(step, model)
     traced = traced or trace(model, task.example())
-    sites = step.sites(traced)
     statistics = Statistics(model, task.calibration_loss())
-    return apply_where_smaller(model, step, sites, statistics)
+    if isinstance(step, Reshaping):
+        return step.reshape(model, traced, statistics), []
+    return model, apply_where_smaller(model, step, step.sites(traced), statistics)
 
 
 def _aim(wanted: str | Recipe | Goal | Sequence[Step], task: Task) -> Recipe | Goal:
@@ -369,9 +371,12 @@ class _Trial:
                 self._recover(step)
             elif isinstance(step, Technique):
                 self.run.say(f"{step}")
-                for grown in _apply(self.model, step, self.task, self.trace):
-                    self.left.append(grown)
+                self.model, left = _apply(self.model, step, self.task, self.trace)
+                for grown in left:
                     self.run.watch.say(f"{grown}")
+                self.left += left
+                if isinstance(step, Reshaping):
+                    self.trace = trace(self.model, self.task.example())
             self.step = index + 1
             self.recovering = None
             self.save()
@@ -421,10 +426,12 @@ class _Trial:
             return
         state = {
             "step": self.step,
+            "edits": edits.to_json(edits.of(self.model)),
             "forms": {
                 site.name: [str(t) for t in links.recipe]
                 for site, links in chains(self.model, self.trace.places)
             },
+            "inputs": {path: form.recipe for path, form in input_forms(self.model)},
             "model": self.model.state_dict(),
             "recover": self.recovering,
             "history": [vars(r) for r in self.history],
@@ -446,6 +453,10 @@ class _Trial:
         state = once(self._saved)
         if state is None:
             return
+        if state["edits"]:
+            self.model = edits.replay(self.model, edits.from_json(state["edits"]))
+            self.model.to(self.device)
+            self.trace = trace(self.model, self.task.example())
         with torch.no_grad():
             for name, texts in state["forms"].items():
                 site = self.trace.site(name)
@@ -454,32 +465,17 @@ class _Trial:
                     assert isinstance(technique, Recoding)
                     form, blank = technique.blank(core(self.model, site).detach())
                     technique.place(self.model, site, form, blank)
+            for path, text in state["inputs"].items():
+                technique = Recipe.parse(text).steps[0]
+                assert isinstance(technique, Recoding)
+                given = technique.blank_input(self.model, self.trace.site(f"{path}.weight"))
+                assert given is not None
+                place_input(self.model, path, given, text)
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]
         self.left = [LeftAlone(**g) for g in state.get("left", ())]
         self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("taut", "torch", "numpy", "constriction", "accelerate")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def machine() -> dict[str, Any]:
-    """The machine that a latency depends on."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (s for s in info.read_text().splitlines() if s.startswith("model name"))
-        name = next(lines, name).rpartition(":")[2].strip()
-    return {
-        "system": platform.system(),
-        "processor": name,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def _fingerprint(model: nn.Module) -> str:

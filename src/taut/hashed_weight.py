@@ -22,7 +22,7 @@ from taut.coding import Coder
 from taut.errors import FormatError
 from taut.kernels import hashed_matmul, hashed_rows, hashed_weight, wrap_buckets
 from taut.kernels.hashed import RUNS
-from taut.recoding import Meta, PackedWeight, ReadChild, register_format
+from taut.packed import Meta, PackedWeight, ReadChild, register_format
 
 MOST_WINDOW = 1024
 """Numbers of a filter that goes by its frequencies; the transform is a matrix of their square."""

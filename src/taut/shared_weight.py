@@ -18,7 +18,8 @@ from taut.errors import FormatError
 from taut.indexed_weight import IndexedWeight
 from taut.kernels import lookup_matmul
 from taut.kernels.lookup import pack_indices, unpack_indices
-from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, register_format
+from taut.packed import Meta, PackedWeight, ReadChild, register_format
+from taut.recoding import Form, Pack
 
 WIDTHS = (2, 4, 8)
 

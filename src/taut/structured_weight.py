@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from taut.coding import Coder
 from taut.errors import FormatError
-from taut.recoding import Meta, PackedWeight, ReadChild, register_format
+from taut.packed import Meta, PackedWeight, ReadChild, register_format
 
 # ---- structures -----------------------------------------------------------------------------
 

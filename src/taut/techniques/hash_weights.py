@@ -43,7 +43,8 @@ from taut.errors import RecipeError
 from taut.hashed_weight import MOST_WINDOW, Drawing, HashedWeight, bands_of, cosines_of, shares_of
 from taut.kernels.hashed import RUNS
 from taut.modules import parametrization, parametrized_names
-from taut.recoding import Form, Pack, PackedWeight, Recoding, chain, chains_of, core
+from taut.packed import PackedWeight
+from taut.recoding import Form, Pack, Recoding, chain, chains_of, core
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.trace import Trace

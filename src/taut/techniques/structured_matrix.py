@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from taut.errors import RecipeError
-from taut.recoding import Form, Pack, PackedWeight, Recoding
+from taut.packed import PackedWeight
+from taut.recoding import Form, Pack, Recoding
 from taut.statistics import Statistics
 from taut.structured_weight import (
     BlockCirculant,
