@@ -1,16 +1,16 @@
 """Structured weights: a limited space of connection matrices, written by fewer numbers.
 
-With b = block, and W seen as a matrix [out, columns] whose blocks are b · b:
+With b = block, and W seen as a matrix [out, columns] of n numbers whose blocks are b · b:
 
-    circulant:  W'[i, j] = g[i // b, j // b, (i - j) mod b]                  out · columns / b
-    toeplitz:   W'[i, j] = g[i // b, j // b, (i mod b) - (j mod b) + b - 1]  · (2 - 1/b) / b
-    kronecker:  W' = A₁ ⊗ B₁ + … + A_terms ⊗ B_terms                          terms · (1/b² + …)
+    circulant:  W'[i, j] = g[i // b, j // b, (i - j) mod b]                  n / b numbers
+    toeplitz:   W'[i, j] = g[i // b, j // b, (i mod b) - (j mod b) + b - 1]  n (2 - 1/b) / b
+    kronecker:  W' = A₁ ⊗ B₁ + … + A_terms ⊗ B_terms                         terms (n / b² + b²)
 
-on the right: how many generators are trained and stored. The columns of a convolution run over the
-channels within one place of its window, so that blocks join channels. A block that the edge of the
-matrix cuts is cut. B is as high and as wide as the largest divisors of out and columns up to b.
+The numbers, the generators, are what is trained and stored. The columns of a convolution run over
+the channels within one place of its window, so that blocks join channels. A block that the edge of
+the matrix cuts is cut. B is as high and as wide as the largest divisors of out and columns up to b.
 
-The generators are those whose weight is nearest to the trained one by the sum of squares: means
+They start as those whose weight is nearest to the trained one by the sum of squares: means
 along the diagonals of a block, or leading singular vectors of the rearranged matrix (Van Loan,
 Pitsianis: Approximation with Kronecker products, 1993). From scratch they are scaled up to the size
 of the weight, since the mean of b random weights is √b times too small.
