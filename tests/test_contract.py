@@ -7,10 +7,12 @@ from taut.technique import techniques
 from taut.techniques import (
     Binarize,
     CodeLength,
+    HashWeights,
     L0Gates,
     LearnedLevels,
     PruneWeights,
     ShareValues,
+    StructuredMatrix,
     VariationalDropout,
 )
 from taut.testing import RecodingContract
@@ -40,11 +42,34 @@ class TestShareValues(RecodingContract):
         ShareValues(),
         ShareValues(bits=8),
         ShareValues(bits=3, init="random"),
+        ShareValues(bits=4, symmetric=True, weigh="inputs"),
+        ShareValues(bits=8, vector=8),
+        ShareValues(bits=6, vector=4, symmetric=True, weigh="inputs"),
+        ShareValues(bits=4, symmetric=True, scope="network"),
+        ShareValues(bits=7, vector=4, scope="network"),
+    )
+
+
+class TestStructuredMatrix(RecodingContract):
+    under_test = (
+        StructuredMatrix(),
+        StructuredMatrix(block=14),
+        StructuredMatrix(structure="toeplitz", start="scratch"),
+        StructuredMatrix(structure="kronecker", terms=3),
     )
 
 
 class TestCodeLength(RecodingContract):
     under_test = (CodeLength(), CodeLength(resolution=0.2, vectors=False))
+
+
+class TestHashWeights(RecodingContract):
+    under_test = (
+        HashWeights(),
+        HashWeights(ratio=0.25, gradient="mean", scope="band"),
+        HashWeights(ratio=0.3, run=16, init="random", seed=7),
+        HashWeights(ratio=0.1, scope="network"),
+    )
 
 
 class TestL0Gates(RecodingContract):

@@ -162,6 +162,20 @@ def test_the_distillation_benchmark_passes_quickly(tmp_path):
 
 
 @pytest.mark.usefixtures("digits")
+def test_the_hashing_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    script = ("benchmarks/papers/hashednets.py", "--quick", "--only", "3 layers, 1/64")
+    run(*script, "--json", str(record), cwd=ROOT)
+    found = {f["name"].partition(": ")[2]: f for f in json.loads(record.read_text())["figures"]}
+    ways = ("RER", "low rank", "equal size", "equal size, distilled", "hashed", "hashed, distilled")
+    assert list(found)[:6] == list(ways)
+    assert all(0 < found[way]["ours"] < 100 for way in ways)
+    gained = found["equal size"]["ours"] - found["hashed"]["ours"]
+    assert found["points below equal size"]["ours"] == pytest.approx(gained)
+    assert found["bytes, of the part in float16 and biases"]["holds"]
+
+
+@pytest.mark.usefixtures("digits")
 def test_the_binary_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/papers/binary.py", "--quick", "--json", str(record))

@@ -10,14 +10,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import golden_structures as structures
 import pytest
 import torch
 import xxhash
+from golden_structures import TABLE, index, mask, numbers
 from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
 from taut.bit_weight import BitWeight
 from taut.container import DICTIONARY, encode
+from taut.hashed_weight import Drawing, HashedWeight
 from taut.kernels import Levels
 from taut.layers import packed_layers
 from taut.pack import inspect, load
@@ -41,26 +44,6 @@ class Net(nn.Module):
         self.first = nn.Linear(20, 20, bias=False)
         self.again = nn.Linear(20, 20)
         self.again.weight = self.first.weight
-
-
-def numbers(*shape: int) -> Tensor:
-    """Multiples of 1/16 in [-1, 1], which every precision holds exactly: a function of nothing."""
-    i = torch.arange(torch.Size(shape).numel())
-    return (((7 * i * i + 3 * i) % 33 - 16) / 16).reshape(shape)
-
-
-def mask(*shape: int) -> Tensor:
-    """About a third of the places, in rows and columns unlike each other."""
-    i = torch.arange(torch.Size(shape).numel())
-    return ((i * i + i // 20) % 7 < 2).reshape(shape)
-
-
-def index(count: int) -> Tensor:
-    i = torch.arange(count)
-    return (i * i + 2) % 11 % 5
-
-
-TABLE = torch.tensor([-0.75, -0.125, 0.0, 0.25, 1.0])
 
 
 def plain(*shape: int) -> PackedWeight:
@@ -148,6 +131,63 @@ def dense_sparse_shared(*shape: int) -> Tensor:
     return torch.tensor(out).reshape(shape)
 
 
+SEED = 2**32 - 5
+TOGETHER = Plain.of(numbers(7))
+
+
+def hashed(*shape: int) -> PackedWeight:
+    """The convolution by its frequencies, of which only the mean of each filter is not zero."""
+    if len(shape) == 2:
+        return HashedWeight(Drawing(shape, (9,), SEED, 16), Plain.of(numbers(9)))
+    buckets = torch.cat((numbers(3), torch.zeros(7)))
+    return HashedWeight(Drawing(shape, (3, 2, 2, 2, 1), SEED, 1), Plain.of(buckets))
+
+
+def hashed_together(*shape: int) -> PackedWeight:
+    """All draw from the same buckets, which are stored once."""
+    return HashedWeight(Drawing(shape, (7,), SEED, 1), TOGETHER, 0.5 if len(shape) == 4 else 1.0)
+
+
+def mix(value: int, between: int = 0) -> int:
+    """The hash mix32.v1, one number at a time."""
+    value = (value ^ value >> 16) * 0x7FEB352D % 2**32
+    value = ((value ^ value >> 15) + between) * 0x846CA68B % 2**32
+    return value ^ value >> 16
+
+
+def drawn(table: list[float], row: int, column: int, run: int) -> float:
+    """One weight, as a person would look it up."""
+
+    def hashed(number: int) -> int:
+        return mix((number + mix((row + mix(SEED)) % 2**32)) % 2**32, mix(row ^ mix(other)))
+
+    other = SEED ^ 0x9E3779B9
+    span = 16 if run == 1 else run
+    start = hashed(column // span) * len(table) >> 32
+    own = hashed(2**31 + column // 128 * 16 + column % 16) >> column // 16 % 8 * 4
+    place = column % 16 + 16 * (own >> 1 & 3) if run == 1 else column % run
+    value = table[(start + place) % len(table)]
+    return -value if own >> 3 & 1 else value
+
+
+def draw(count: int, run: int, rows: int, columns: int) -> Tensor:
+    table = numbers(count).tolist()
+    return torch.tensor([[drawn(table, o, i, run) for i in range(columns)] for o in range(rows)])
+
+
+def dense_hashed(*shape: int) -> Tensor:
+    if len(shape) == 2:
+        return draw(9, 16, *shape)
+    means = draw(3, 1, shape[0], shape[1]) * torch.tensor(1 / 3)  # 1 / √3 in either direction
+    return means[:, :, None, None].expand(shape)
+
+
+def dense_hashed_together(*shape: int) -> Tensor:
+    columns = torch.Size(shape[1:]).numel()
+    found = draw(7, 1, shape[0], columns).reshape(shape)
+    return found / 2 if len(shape) == 4 else found
+
+
 def bits(*shape: int) -> PackedWeight:
     """Two planes, and scales for each row."""
     codes = index(torch.Size(shape).numel()).clamp(max=3).reshape(shape)
@@ -170,7 +210,10 @@ def dense_bits(*shape: int) -> Tensor:
 
 
 WRITTEN = {
+    **structures.WRITTEN,
     "bits": bits,
+    "hashed": hashed,
+    "hashed_together": hashed_together,
     "plain": plain,
     "codes": plain,
     "sparse": sparse,
@@ -182,6 +225,9 @@ WRITTEN = {
     "n_of_m_shared": n_of_m_shared,
 }
 MEANT = {
+    **structures.MEANT,
+    "hashed": dense_hashed,
+    "hashed_together": dense_hashed_together,
     "bits": dense_bits,
     "plain": numbers,
     "codes": numbers,
@@ -193,7 +239,12 @@ MEANT = {
     "blocks": lambda *shape: numbers(*shape) * block_mask(*shape),
     "n_of_m_shared": dense_n_of_m_shared,
 }
+
+
 NODES: dict[str, Any] = {
+    **structures.NODES,
+    "hashed": ["hashed.v1", {"buckets": 9, "run": 16}, {"buckets": ["plain.v1"]}],
+    "hashed_together": ["hashed.v1", {"buckets": 7}, {"buckets": "conv.weight.buckets"}],
     "bits": ["bits.v1", {"planes": 2, "rows": True}, {"scale": ["plain.v1"]}],
     "plain": ["plain.v1"],
     "codes": ["plain.v1"],
@@ -212,6 +263,11 @@ NODES: dict[str, Any] = {
         {"keep": 2, "of": 4},
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
+}
+NODES_OF_CONV: dict[str, Any] = {
+    "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
+    "hashed_together": ["hashed.v1", {"buckets": 7, "scale": 0.5}, {"buckets": ["plain.v1"]}],
+    "shared_together": structures.table_of(1.0, ["plain.v1"]),
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -273,7 +329,7 @@ def header(name: str) -> list[Any]:
     """The header of the file of this name, as docs/format.md has it."""
     node = NODES[name]
     return [
-        ["conv.weight", [3, 2, 3, 3], node],
+        ["conv.weight", [3, 2, 3, 3], NODES_OF_CONV.get(name, node)],
         [["first.weight", "again.weight"], [20, 20], node],
         ["conv.bias", [3], ["plain.v1", {"as": "float32"}]],
         ["norm.weight", [3], ["plain.v1", {"as": "bfloat16"}]],
@@ -346,7 +402,7 @@ def test_every_format_has_a_golden_file() -> None:
     }
     assert found == {n for n in FORMATS if FORMATS[n].__module__.startswith("taut.")}
     total_bytes = sum(p.stat().st_size for p in FOLDER.glob("*.taut"))
-    assert total_bytes < 8000
+    assert total_bytes < 12000
 
 
 def test_the_account_of_a_golden_file(name: str) -> None:
@@ -359,6 +415,7 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     expected = {
         "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
         "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
-        "blocks": 100 + int(block_mask(20, 20).sum()),
+        "blocks": 100 + int(block_mask(20, 20).sum()), **structures.COUNTS,
+        "hashed": 4 + 9, "hashed_together": 4,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

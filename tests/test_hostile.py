@@ -212,7 +212,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "scalars_listed": (weight(["plain.v1", {"as": []}]), r"a format is \[name, scalars, parts\]"),
     "scalars_null": (weight(["plain.v1", {"as": None}]), r"a format is \[name, scalars, parts\]"),
     "parts_list": (weight(["sparse.v1", {}, [PLAIN]]), r"a format is \[name, scalars, parts\]"),
-    "part_text": (weight(["sparse.v1", {}, {"values": "x"}]), "a format is"),
+    "part_text": (weight(["sparse.v1", {}, {"values": "x"}]), "same as 'x', which is no earlier"),
     "part_unknown": (weight(["sparse.v1", {}, {"values": ["x.v1"]}]), "no format is named 'x.v1'"),
     "eight_deep": (weight(nested(8)), "at most 8 deep"),
     "hundreds_deep": (weight(nested(200)), "at most 8 deep|the header is damaged"),

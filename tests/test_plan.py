@@ -12,9 +12,10 @@ from torch import nn
 from taut.aim import Aim
 from taut.errors import RecipeError
 from taut.goal import Goal
+from taut.growth import predict_chain
 from taut.modules import clone
 from taut.pack import pack
-from taut.plan import MOST_SPARSITY, check, forecast, predict_chain, propose
+from taut.plan import MOST_SPARSITY, check, forecast, propose
 from taut.recipe import Recipe
 from taut.recover import Recover
 from taut.schedules import Schedule

@@ -57,6 +57,13 @@ class Coder(ABC):
     def __init__(self) -> None:
         self.parts: dict[str, PartSize] = {}
         self._path: list[str] = []
+        self._known: dict[int, object] = {}
+
+    def first(self, part: object) -> bool:
+        """Whether this very object was not asked about before: what is shared is coded once."""
+        known = id(part) in self._known
+        self._known[id(part)] = part  # kept, so that no other takes its id
+        return not known
 
     @abstractmethod
     def _categorical(self, values: Ints | None, weights: Floats, count: int) -> Ints:

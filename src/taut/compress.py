@@ -28,6 +28,7 @@ from taut.activations import input_forms, place_input
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
+from taut.growth import apply_where_smaller
 from taut.machine import machine, versions
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
@@ -43,7 +44,7 @@ from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
 from taut.tune import run_chosen
-from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, LeftAlone, Measurement, frontier
 from taut.watch import Watch, logged
 
 _log = logging.getLogger("taut")
@@ -137,9 +138,17 @@ def apply(
 ) -> nn.Module:
     """Put a technique on a model, in place, and return the model (or the one that took its place).
 
-    It is then an ordinary module for any training loop; `taut.pack` writes it. traced: of the
+    It is then an ordinary module for any training loop; `taut.pack` writes it. A site that the
+    technique is predicted to make larger is left as it is, and the log says so. traced: of the
     original network, needed where the model carries forms already.
     """
+    return _apply(model, technique, task, traced)[0]
+
+
+def _apply(
+    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None
+) -> tuple[nn.Module, list[LeftAlone]]:
+    """What `apply` does. Returns the sites that were left alone, too."""
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
         raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
@@ -152,13 +161,8 @@ def apply(
     traced = traced or trace(model, task.example())
     statistics = Statistics(model, task.calibration_loss())
     if isinstance(step, Reshaping):
-        return step.reshape(model, traced, statistics)
-    sites = step.sites(traced)
-    local = step.localise(model, sites, statistics)
-    for site in sites:
-        _log.info("%s: %s", site.name, local[site.name])
-        local[site.name].apply(model, site, statistics)
-    return model
+        return step.reshape(model, traced, statistics), []
+    return model, apply_where_smaller(model, step, step.sites(traced), statistics)
 
 
 def _aim(wanted: str | Recipe | Goal | Sequence[Step], task: Task) -> Recipe | Goal:
@@ -354,7 +358,7 @@ class _Trial:
         self.device = processes.state().device
         self.model.to(self.device)
         self.history: list[EpochRecord] = []
-        self.epochs = 0
+        self.left: list[LeftAlone] = []
         self.step = 0
         self.recovering: dict[str, Any] | None = None
         self._resume()
@@ -367,7 +371,10 @@ class _Trial:
                 self._recover(step)
             elif isinstance(step, Technique):
                 self.run.say(f"{step}")
-                self.model = apply(self.model, step, self.task, self.trace)
+                self.model, left = _apply(self.model, step, self.task, self.trace)
+                for grown in left:
+                    self.run.watch.say(f"{grown}")
+                self.left += left
                 if isinstance(step, Reshaping):
                     self.trace = trace(self.model, self.task.example())
             self.step = index + 1
@@ -409,8 +416,9 @@ class _Trial:
         self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
         trained = sum(s.epochs for s in self.recipe.steps if isinstance(s, Recover))
         return Candidate(
-            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained
-        )
+            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained,
+            left=tuple(self.left),
+        )  # fmt: skip
 
     def save(self) -> None:
         """The checkpoint: which forms the sites carry, and every tensor."""
@@ -427,6 +435,7 @@ class _Trial:
             "model": self.model.state_dict(),
             "recover": self.recovering,
             "history": [vars(r) for r in self.history],
+            "left": [vars(g) for g in self.left],
         }
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -465,6 +474,7 @@ class _Trial:
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]
+        self.left = [LeftAlone(**g) for g in state.get("left", ())]
         self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
 
 

@@ -30,6 +30,7 @@ MOST_NAME = 512
 MOST_DIMENSIONS = 8
 MOST_DEPTH = 8
 MOST_EDITS = 4096
+MOST_SPARE = 1 << 16  # numbers that a part may hold beyond all that the tensors have
 # What a header of a small network repeats anyway; part of version 1 of the format.
 DICTIONARY = (
     b'"float32""bfloat16""int64",{"as":"running_mean""running_var""num_batches_tracked"'
@@ -69,10 +70,11 @@ class Content:
 
 def encode(state: Mapping[Names, PackedWeight], edits: Sequence[RawEdit] = ()) -> bytes:
     """The bytes of a file that holds these tensors, and what was done to the network before."""
-    coder, entries = Encoder(), list[Any]([{"edits": list(edits)}] if edits else [])
+    coder, known = Encoder(), dict[int, str]()
+    entries = list[Any]([{"edits": list(edits)}] if edits else [])
     for names, packed in state.items():
         name = names[0] if len(names) == 1 else list(names)
-        entries.append([name, list(packed.shape), _node(packed)])
+        entries.append([name, list(packed.shape), _node(packed, names[0], known)])
         with coder.inside(names[0]):
             packed.write(coder)
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -84,8 +86,13 @@ def encode(state: Mapping[Names, PackedWeight], edits: Sequence[RawEdit] = ()) -
     return data
 
 
-def _node(packed: PackedWeight) -> list[Any]:
-    children = {name: _node(child) for name, child in packed.nested().items()}
+def _node(packed: PackedWeight, path: str, known: dict[int, str]) -> list[Any]:
+    """What the header says of a weight. known: the parts so far, by their ids; each comes once."""
+    children: dict[str, Any] = {}
+    for part, child in packed.nested().items():
+        here = f"{path}.{part}"
+        first = known.setdefault(id(child), here)
+        children[part] = _node(child, here, known) if first == here else first
     node = [packed.format, packed.meta(), children]
     while not node[-1]:
         node.pop()
@@ -228,7 +235,8 @@ def _check_node(node: Any, name: str, depth: int) -> None:
     if node[0] not in FORMATS:
         raise FormatError(f"{name}: no format is named {node[0]!r}{did_you_mean(node[0], FORMATS)}")
     for child in (node[2] if len(node) > 2 else {}).values():
-        _check_node(child, name, depth - 1)
+        if not isinstance(child, str):  # the path of an earlier part
+            _check_node(child, name, depth - 1)
 
 
 def check_claims(entries: list[Entry], size: int) -> None:
@@ -243,28 +251,58 @@ def check_claims(entries: list[Entry], size: int) -> None:
 
 def decode(entries: list[Entry], coder: Decoder) -> dict[Names, PackedWeight]:
     """The tensors of a file. Raises FormatError where its stream is not what they encode to."""
-    state = {}
+    reader, state, known = _Reader(entries, coder), {}, dict[int, str]()
     for entry in entries:
-        with coder.inside(entry.names[0]):
-            packed = _read(coder, entry.shape, entry.node, entry.names[0])
-        if _node(packed) != entry.node:
-            raise FormatError(f"{entry.names[0]}: its format has scalars or parts that do nothing")
+        name = entry.names[0]
+        with coder.inside(name):
+            packed = reader.read(entry.shape, entry.node, name, name)
+        if _node(packed, name, known) != entry.node:
+            raise FormatError(f"{name}: its format has scalars or parts that do nothing")
         state[entry.names] = packed
     coder.finish()
     return state
 
 
-def _read(coder: Decoder, shape: tuple[int, ...], node: list[Any], name: str) -> PackedWeight:
-    meta = node[1] if len(node) > 1 else {}
-    children = node[2] if len(node) > 2 else {}
+class _Reader:
+    """Decodes tensors one after another; a part of one may be the very part of an earlier one."""
 
-    def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
-        if part not in children:
-            raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
-        with coder.inside(part):
-            return _read(coder, its_shape, children[part], name)
+    def __init__(self, entries: list[Entry], coder: Decoder) -> None:
+        self.coder = coder
+        self.most = MOST_SPARE + sum(math.prod(e.shape) for e in entries)
+        self.parts: dict[str, PackedWeight] = {}
 
-    packed = FORMATS[node[0]].read(coder, shape, meta, child)
-    if packed.shape != shape:
-        raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
-    return packed
+    def read(self, shape: tuple[int, ...], node: list[Any], name: str, path: str) -> PackedWeight:
+        """A weight of this shape. name: of its tensor, path: of the part of it."""
+        meta = node[1] if len(node) > 1 else {}
+        children = node[2] if len(node) > 2 else {}
+
+        def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
+            if part not in children:
+                raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
+            if math.prod(its_shape) > self.most:
+                raise FormatError(
+                    f"{name}: its part {part!r} claims {math.prod(its_shape):,} numbers, more than "
+                    "all tensors have"
+                )
+            its_node, here = children[part], f"{path}.{part}"
+            if isinstance(its_node, str):
+                return self.earlier(its_node, its_shape, here)
+            with self.coder.inside(part):
+                found = self.read(its_shape, its_node, name, here)
+            self.parts[here] = found
+            return found
+
+        packed = FORMATS[node[0]].read(self.coder, shape, meta, child)
+        if packed.shape != shape:
+            raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
+        return packed
+
+    def earlier(self, where: str, shape: tuple[int, ...], path: str) -> PackedWeight:
+        found = self.parts.get(where)
+        if found is None or found.shape != shape:
+            is_of = "no earlier part" if found is None else f"of the shape {list(found.shape)}"
+            raise FormatError(
+                f"{path}, of the shape {list(shape)}, is to be the same as {reprlib.repr(where)}, "
+                f"which is {is_of}"
+            )
+        return found

@@ -51,11 +51,16 @@ def obd(weights: Tensor, curvature: Tensor) -> Tensor:
 
 def wanda(weights: Tensor, products: Sequence[Product]) -> Tensor:
     """w² · Σ x² / E: the share of the outputs' energy that one weight makes, as if by itself."""
-    seen = torch.zeros(weights.numel(), dtype=torch.float64)
+    scores = weights.double().square() * input_squares(weights.shape, products)
+    return scores / scores.sum().clamp(min=1e-300)
+
+
+def input_squares(shape: Sequence[int], products: Sequence[Product]) -> Tensor:
+    """Σ x² over the inputs that each weight met, of the weight's shape."""
+    seen = torch.zeros(torch.Size(shape).numel(), dtype=torch.float64)
     for product in products:  # a tied weight may be in several
         seen[product.index.cpu()] += product.squares.cpu()
-    scores = weights.double().square() * seen.reshape(weights.shape)
-    return scores / scores.sum().clamp(min=1e-300)
+    return seen.reshape(torch.Size(shape))
 
 
 def random(weights: Tensor) -> Tensor:

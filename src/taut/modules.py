@@ -47,18 +47,23 @@ def weights_in_use(model: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]
 
     A tied one comes once. What computes another is no parameter of the network, and left out.
     """
-    found: dict[int, list[str]] = {}
+    found: dict[tuple[int, int], list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if "parametrizations" in path.split("."):
             continue
-        held = {n: p for n, p in module._parameters.items() if p is not None}
+        held = {n: (id(p), 0) for n, p in module._parameters.items() if p is not None}
         if parametrize.is_parametrized(module):
             for name, computed in cast(nn.ModuleDict, module.parametrizations).items():
-                held[name] = getattr(computed, "original", computed)
-        for name, parameter in held.items():
-            found.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+                held[name] = _source(cast(parametrize.ParametrizationList, computed))
+        for name, source in held.items():
+            found.setdefault(source, []).append(f"{path}.{name}" if path else name)
     for names in found.values():
         yield tuple(names), tensor_at(model, names[0])
+
+
+def _source(computed: parametrize.ParametrizationList) -> tuple[int, int]:
+    """What tied weights have in common: what is trained, and what computes the weight from it."""
+    return id(getattr(computed, "original", computed)), id(computed[0])
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -101,8 +106,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
     names = parametrized_names(copied)
     values = {n: tensor_at(copied, n).detach().clone() for n in names}
     lists = {n: parametrization(copied, n) for n in names}
-    cores = {n: id(getattr(found, "original", found)) for n, found in lists.items()}
-    made: dict[int, nn.Parameter] = {}
+    cores = {n: _source(found) for n, found in lists.items() if found is not None}
+    made: dict[tuple[int, int], nn.Parameter] = {}
     for name in names:
         module, parameter = owner(copied, name)
         if parametrize.is_parametrized(module):

@@ -93,6 +93,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
     """Every parameter and buffer of a model as a packed weight: recoded ones, then the others."""
     found: dict[Names, PackedWeight] = {}
     early: list[str] = []
+    made: dict[int, PackedWeight] = {}
     for names, source in _tied(model).items():
         try:
             if isinstance(source, PackedWeight):
@@ -101,7 +102,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
                 found[names] = Plain.of(source, precision)
             else:
                 links, core = source
-                found[names] = links.pack(core, precision)
+                found[names] = links.pack(core, precision, made)
                 early += [names[0]] * (not links.settled())
         except FormatError as error:
             raise FormatError(f"pack: {names[0]}: {error}") from error
@@ -116,7 +117,7 @@ def packed_state(model: nn.Module, precision: str = "auto") -> dict[Names, Packe
 
 def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, Tensor]]:
     """What holds each tensor of the model, with the names of tied ones joined."""
-    holds: dict[str, tuple[int, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
+    holds: dict[str, tuple[object, PackedWeight | Tensor | tuple[Chain, Tensor]]] = {}
     inner: list[str] = []  # where the parts lie that a weight stands for
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -143,14 +144,14 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
             )
         path, _, leaf = f".{name}".rpartition(".")
         inner.append(f"{path}.parametrizations.{leaf}."[1:])
-        holds[name] = id(found.original), (found[0], found.original)
+        holds[name] = (id(found.original), id(found[0])), (found[0], found.original)
     plain = _tensors(model)
     for name, value in plain.items():
         if not name.startswith(tuple(inner)):
             holds[name] = id(value), value
     order = {n: i for i, n in enumerate(plain)}
     order |= {n: len(order) for n in holds if n.endswith(SUFFIX)}  # codes come last
-    joined: dict[int, list[str]] = {}
+    joined: dict[object, list[str]] = {}
     for name in sorted(holds, key=lambda n: order.get(n, -1)):
         joined.setdefault(holds[name][0], []).append(name)
     return {tuple(names): holds[names[0]][1] for names in joined.values()}

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from taut.aim import Aim
 from taut.errors import RecipeError
 from taut.goal import Goal
+from taut.growth import growth, predict_chain
 from taut.recipe import Recipe
-from taut.recoding import Recoding
+from taut.recoding import Form, Recoding
 from taut.recover import Recover
 from taut.reshaping import Reshaping
 from taut.schedules import Schedule, recoded_too_early
@@ -26,7 +27,7 @@ from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.techniques import CodeLength, PruneWeights, ShareValues
 from taut.trace import Trace
-from taut.types import Candidate, Measurement, Site
+from taut.types import Candidate, Measurement
 
 MOST_SPARSITY = 0.995
 _FILE_BYTES, _SITE_BYTES = 60, 10  # container and header, seen on small networks
@@ -52,7 +53,9 @@ def check(recipe: Recipe, trace: Trace) -> None:
     _check_order(recipe)
     if not any(isinstance(s, Reshaping) for s in recipe.steps):  # it may rename the sites
         _check_schedules(recipe, trace)
-    cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
+        _check_shared(recipe, trace)
+    bare: Tensor | None = None
+    cores = {s.name: [("", torch.zeros(()).expand(s.shape), bare)] for s in trace.places}
     for step in recipe.steps:
         if isinstance(step, Reshaping):
             step.sites(trace)
@@ -62,8 +65,10 @@ def check(recipe: Recipe, trace: Trace) -> None:
             if isinstance(step, Recoding):
                 if stack[-1][0] == step.name:  # it would be written anew
                     stack.pop()
-                step.accepts(site, tuple(stack[-1][1].shape))
-                stack.append((step.name, step.blank(stack[-1][1])[1]))
+                _, core, matters = stack[-1]
+                step.check(site, tuple(core.shape), matters is not None)
+                form, new = step.blank(core)
+                stack.append((step.name, new, form.matters(new, matters)))
 
 
 def _check_order(recipe: Recipe) -> None:
@@ -76,6 +81,17 @@ def _check_order(recipe: Recipe) -> None:
                 f"{step.name} changes the structure of the network, which must come before "
                 f"{recoded}; put it first in the recipe"
             )
+
+
+def _check_shared(recipe: Recipe, trace: Trace) -> None:
+    forms: dict[str, tuple[str, Form]] = {}  # the last of each site, and its technique
+    for step in recipe.steps:
+        for site in step.sites(trace) if isinstance(step, Recoding) else ():
+            assert isinstance(step, Recoding)
+            name, form = forms.get(site.name, (step.name, None))
+            if form is not None and name != step.name:
+                step.follow(form, site)
+            forms[site.name] = step.name, step.blank(torch.zeros(()).expand(site.shape))[0]
 
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:
@@ -128,6 +144,8 @@ def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statist
         for name, local in step.localise(model, sites, statistics).items():
             assert isinstance(local, Recoding)
             links = chains[name]
+            if growth(local, links, trace.site(name)):
+                continue
             if links and links[-1].name == local.name:
                 links.pop()
             links.append(local)
@@ -141,17 +159,6 @@ def forecast(recipe: Recipe, trace: Trace, model: nn.Module, statistics: Statist
         parameters=rest + sum(kept.values()),
         macs=trace.macs - sum((1 - kept[s.name] / max(s.numel, 1)) * s.macs for s in trace.sites),
     )  # fmt: skip
-
-
-def predict_chain(links: Sequence[Recoding], site: Site) -> float:
-    """Bytes of a site under a chain of techniques, each recoding the core of the one before."""
-
-    def at(depth: int, count: int) -> float:
-        if depth == len(links):
-            return 2.0 * count
-        return links[depth].predict_bytes(site, count, lambda n: at(depth + 1, n))
-
-    return at(0, site.numel)
 
 
 def propose(

@@ -39,6 +39,8 @@ Pack = Callable[[Tensor | None], PackedWeight]
 class Form(nn.Module, ABC):
     """A trainable form: `forward` maps a core to the tensor that it stands for."""
 
+    shares_core = False  # whether other sites have the very same core: no other form can recode it
+
     @abstractmethod
     def forward(self, core: Tensor) -> Tensor: ...
 
@@ -105,11 +107,17 @@ class Chain(nn.Module):
 
     def clear(self, core: Tensor, where: Tensor) -> bool:
         """Make these entries of the weight zero by the first form that can; False without one."""
-        stages = self.stages(core)
-        return any(f.clear(c if c is core else None, where) for f, c in stages)
+        shape = where.shape  # a form further in may stand for a table, not for the weight
+        for form, its_core in self.stages(core):
+            if shape == where.shape and form.clear(its_core if its_core is core else None, where):
+                return True
+            shape = its_core.shape
+        return False
 
-    def pack(self, core: Tensor, precision: str = "auto") -> PackedWeight:
-        """The packed weight; whatever no form recodes is stored at `precision`."""
+    def pack(
+        self, core: Tensor, precision: str = "auto", made: dict[int, PackedWeight] | None = None
+    ) -> PackedWeight:
+        """The packed weight; what no form recodes is stored at `precision`; made: whole cores."""
         stages = self.stages(core.detach())
 
         def at(depth: int, keep: Tensor | None) -> PackedWeight:
@@ -117,6 +125,8 @@ class Chain(nn.Module):
                 form, its_core = stages[depth]
                 return form.pack(its_core, keep, lambda k: at(depth + 1, k))
             plain = core.detach()
+            if keep is None and made is not None:
+                return made.setdefault(id(core), Plain.of(plain, precision))
             return Plain.of(plain if keep is None else plain[keep], precision)
 
         return at(0, None)
@@ -127,8 +137,30 @@ class Recoding(Technique):
     """A technique that changes how a weight is written."""
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
-        """Raise RecipeError where a core of this shape, at this site, cannot be recoded."""
+        """Raise RecipeError where no core of this shape, at this site, can be recoded."""
         return None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether it writes whole cores only, not the entries that a mask before it kept."""
+        return False
+
+    def check(self, site: Site, shape: tuple[int, ...], masked: bool) -> None:
+        """Raise RecipeError where a core of this shape, masked or not, cannot be recoded."""
+        self.accepts(site, shape)
+        if masked and self.needs_all:
+            raise RecipeError(
+                f"{self.name}: site {site.name!r} is masked, and {self} writes whole blocks, in "
+                "which no weight can be left out; prune nothing there, or share single values"
+            )
+
+    def follow(self, before: Form, site: Site) -> None:
+        """Raise RecipeError where it cannot recode the core of the form before."""
+        if before.shares_core:
+            raise RecipeError(
+                f"{self.name}: site {site.name!r} draws from what other sites draw from too, and "
+                f"cannot be recoded alone; put {self.name} before, or give each site its own"
+            )
 
     @abstractmethod
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
@@ -174,13 +206,15 @@ class Recoding(Technique):
         with torch.no_grad():
             stages = links.stages(core(model, site)) if links is not None else []
             held = core(model, site).detach()
+            if not again and stages:
+                self.follow(stages[-1][0], site)
             if again:
                 form, its_core = stages.pop()
                 held = form(its_core)
             matters: Tensor | None = None
             for form, its_core in stages:
                 matters = form.matters(its_core, matters)
-            self.accepts(site, tuple(held.shape))
+            self.check(site, tuple(held.shape), matters is not None)
             matters = None if matters is None else matters.cpu()
             form, new = self.fit(held.cpu(), matters, site, statistics)
         if links is not None and again:

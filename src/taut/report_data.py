@@ -23,7 +23,7 @@ from taut.modules import owner, tensor_at
 from taut.pack import FileSummary, StoredTensor, inspect
 from taut.packed import PackedWeight
 from taut.recipe import Recipe
-from taut.types import Choice, Direction, EpochRecord, Latency, Measurement
+from taut.types import Choice, Direction, EpochRecord, Latency, LeftAlone, Measurement
 
 BINS = 64
 Unit = Literal["score", "bytes", "count", "ms"]
@@ -97,7 +97,10 @@ class PartRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRow:
-    """One tensor of the file. before_bytes: of the original tensor, written plainly."""
+    """One tensor of the file. before_bytes: of the original tensor, written plainly.
+
+    left: the steps that left it alone, since they would have made it larger.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -108,6 +111,7 @@ class TensorRow:
     huffman_bytes: float
     bits_per_weight: float
     parts: tuple[PartRow, ...]
+    left: tuple[LeftAlone, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +235,9 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
         goal=str(result.goal) if result.goal else None,
         bounds=_bounds(result),
         candidates=_candidates(result),
-        tensors=tuple(_tensor(t, original_model) for t in summary.tensors),
+        tensors=tuple(
+            _tensor(t, original_model, result.candidate.left) for t in summary.tensors
+        ),
         layers=_layers(reached.choices, type(original_model).__name__),
         weights=_weights(result.model, original_model, summary),
         angles=angles(original_model, result.model),
@@ -320,7 +326,7 @@ def _candidates(result: Result) -> tuple[CandidateRow, ...]:
     )  # fmt: skip
 
 
-def _tensor(stored: StoredTensor, original: nn.Module) -> TensorRow:
+def _tensor(stored: StoredTensor, original: nn.Module, left: Sequence[LeftAlone]) -> TensorRow:
     raw = tensor_at(original, stored.names[0])
     parts = tuple(
         PartRow(name=name, size_bytes=p.bits / 8, huffman_bytes=p.huffman_bits / 8)
@@ -331,6 +337,7 @@ def _tensor(stored: StoredTensor, original: nn.Module) -> TensorRow:
         before_bytes=raw.numel() * raw.element_size(), after_bytes=stored.size_bytes,
         huffman_bytes=sum(p.huffman_bytes for p in parts),
         bits_per_weight=8 * stored.size_bytes / max(stored.numel, 1), parts=parts,
+        left=tuple(g for g in left if g.site in stored.names),
     )  # fmt: skip
 
 

@@ -107,20 +107,40 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftAlone:
+    """A site that a step was predicted to make larger, and that it therefore left as it was."""
+
+    step: str
+    site: str
+    before_bytes: int
+    after_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step}: {self.site} would grow from {self.before_bytes:,} to "
+            f"{self.after_bytes:,} bytes; left as it is"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A recipe with its measurement and its file."""
+    """A recipe with its measurement and its file. left: the sites that a step left alone."""
 
     recipe: str
     measurement: Measurement
     path: str
     epochs: float = 0.0
+    left: tuple[LeftAlone, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Candidate:
-        return cls(**{**data, "measurement": Measurement.from_json(data["measurement"])})
+        """Read it back. Records from before sites were left alone name none."""
+        left = tuple(LeftAlone(**x) for x in data.get("left", ()))
+        measurement = Measurement.from_json(data["measurement"])
+        return cls(**{**data, "measurement": measurement, "left": left})
 
 
 @dataclass(frozen=True, kw_only=True)

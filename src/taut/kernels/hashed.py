@@ -75,6 +75,18 @@ def hashed_weight(
     return dense
 
 
+def hashed_rows(buckets: Tensor, rows: Tensor, columns: int, seed: int, run: int = 1) -> Tensor:
+    """Some rows of W, [*rows.shape, columns], in plain PyTorch, as an embedding picks them.
+
+    buckets: [n]; rows: integers, from 0 up; seed, run: as in `hashed_matmul`.
+    """
+    picked, where = torch.unique(rows.flatten(), return_inverse=True)
+    shape = len(picked), columns
+    index, minus = reference.hash_map(shape, len(buckets), seed, run, buckets.device, picked)
+    drawn = torch.where(minus, -buckets[index], buckets[index])
+    return drawn[where].reshape(*rows.shape, columns)
+
+
 def _wrapped(buckets: Tensor, already: bool) -> tuple[Tensor, int]:
     """The wrapped buckets, and how many there are without the copies."""
     wrapped = buckets.contiguous() if already else wrap_buckets(buckets)

@@ -141,6 +141,7 @@ def hash_map(
     seed: int,
     run: int = 1,
     device: torch.device | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which bucket each weight is drawn from, int64, and whether its sign is flipped, bool.
 
@@ -148,15 +149,15 @@ def hash_map(
 
     A start is hashed from [0, buckets). Runs: span = run, place = i % run. Single weights (run =
     1): span = 16, place = i % 16 + 16·(two bits of the weight's own). Rows and columns are hashed
-    apart, so there may be 2**31 - 1 of either. The hash is called HASH; why it has this form is
-    said in `hashed.py`.
+    apart, so there may be 2**31 - 1 of either. rows: which to hash, [n], instead of all. The hash
+    is called HASH; why it has this form is said in `hashed.py`.
     """
     if run not in (1, 4, 16, 64) or not 0 <= seed < 2**32 or not 1 <= buckets < 2**31:
         raise ValueError(
             "hash_map: run must be 1, 4, 16 or 64, seed lie in [0, 2**32) and buckets in "
             f"[1, 2**31), got run {run}, seed {seed} and {buckets} buckets"
         )
-    row = torch.arange(shape[0], device=device)[:, None]
+    row = (torch.arange(shape[0], device=device) if rows is None else rows.long())[:, None]
     column = torch.arange(shape[1], device=device)
     one, other = (mix32(torch.tensor(s, device=device)) for s in (seed, seed ^ 0x9E3779B9))
     first, second = mix32(row + one & _32_BITS), mix32(row ^ other)

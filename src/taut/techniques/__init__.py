@@ -3,10 +3,12 @@
 from taut.techniques.add_shortcuts import AddShortcuts
 from taut.techniques.binarize import Binarize
 from taut.techniques.code_length import CodeLength
+from taut.techniques.hash_weights import HashWeights
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.learned_levels import LearnedLevels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.share_values import ShareValues
+from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
 from taut.techniques.variational_dropout import VariationalDropout
 
@@ -14,10 +16,12 @@ __all__ = [
     "AddShortcuts",
     "Binarize",
     "CodeLength",
+    "HashWeights",
     "L0Gates",
     "LearnedLevels",
     "PruneWeights",
     "ShareValues",
+    "StructuredMatrix",
     "Student",
     "VariationalDropout",
 ]
