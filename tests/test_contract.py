@@ -27,6 +27,15 @@ class TestPruneWeights(RecodingContract):
     )
 
 
+class TestPatterns(RecodingContract):
+    under_test = (
+        PruneWeights(pattern="2:4"),
+        PruneWeights(pattern="4:8"),
+        PruneWeights(pattern="4x1", sparsity=0.8, scope="global"),
+        PruneWeights(pattern="16x1", sparsity=0.7),
+    )
+
+
 class TestShareValues(RecodingContract):
     under_test = (
         ShareValues(),

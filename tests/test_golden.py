@@ -23,6 +23,7 @@ from taut.kernels import Levels
 from taut.layers import packed_layers
 from taut.pack import inspect, load
 from taut.packed import FORMATS, PackedWeight, Plain
+from taut.pattern_weights import BlockWeight, NOfMWeight
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
@@ -89,6 +90,44 @@ def sparse_sparse(*shape: int) -> PackedWeight:
     kept = mask(*shape)
     inner = mask(int(kept.sum()))
     return SparseWeight(kept, SparseWeight(inner, Plain.of(numbers(*shape)[kept][inner])))
+
+
+def block_mask(*shape: int) -> Tensor:
+    """About a third of the blocks of four rows, the last ones shorter where rows are three."""
+    chosen = mask(-(-shape[0] // 4), torch.Size(shape[1:]).numel())
+    return chosen.repeat_interleave(4, 0)[: shape[0]].reshape(shape)
+
+
+def blocks(*shape: int) -> PackedWeight:
+    kept = block_mask(*shape)
+    return BlockWeight(kept, Plain.of(numbers(*shape)[kept]), 4)
+
+
+def two_of_four(*shape: int) -> Tensor:
+    """In every four of a row two, and all of what a row ends with: the pairs in their order."""
+    pairs = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+    columns = torch.Size(shape[1:]).numel()
+    kept = torch.zeros(shape[0], columns, dtype=torch.bool)
+    for row in range(shape[0]):
+        for start in range(0, columns, 4):
+            ends = columns - start < 4
+            for place in (0, 1) if ends else pairs[(row * row + 5 * start // 4) % 6]:
+                kept[row, start + place] = True
+    return kept.reshape(shape)
+
+
+def n_of_m_shared(*shape: int) -> PackedWeight:
+    kept = two_of_four(*shape)
+    return NOfMWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)), 2, 4)
+
+
+def dense_n_of_m_shared(*shape: int) -> Tensor:
+    """One place after another, as a person would."""
+    out, seen = [], 0
+    for kept in two_of_four(*shape).flatten().tolist():
+        out.append(float(TABLE[index(seen + 1)[-1]]) if kept else 0.0)
+        seen += kept
+    return torch.tensor(out).reshape(shape)
 
 
 def dense_sparse_sparse(*shape: int) -> Tensor:
@@ -199,6 +238,8 @@ WRITTEN = {
     "integers": integers,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
+    "blocks": blocks,
+    "n_of_m_shared": n_of_m_shared,
 }
 MEANT = {
     "hashed": dense_hashed,
@@ -211,6 +252,8 @@ MEANT = {
     "integers": numbers,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
+    "blocks": lambda *shape: numbers(*shape) * block_mask(*shape),
+    "n_of_m_shared": dense_n_of_m_shared,
 }
 NODES: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 9, "run": 16}, {"buckets": ["plain.v1"]}],
@@ -227,6 +270,12 @@ NODES: dict[str, Any] = {
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
+    "blocks": ["blocks.v1", {"rows": 4}, {"values": ["plain.v1"]}],
+    "n_of_m_shared": [
+        "n_of_m.v1",
+        {"keep": 2, "of": 4},
+        {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
+    ],
 }
 NODES_OF_CONV: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
@@ -377,7 +426,7 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     again = int(mask(kept).sum())
     expected = {
         "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
-        "integers": 404,
-        "sparse_sparse": 400 + kept + again, "hashed": 4 + 9, "hashed_together": 4,
+        "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
+        "blocks": 100 + int(block_mask(20, 20).sum()), "hashed": 4 + 9, "hashed_together": 4,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

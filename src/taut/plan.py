@@ -92,32 +92,32 @@ def _check_shared(recipe: Recipe, trace: Trace) -> None:
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:
     waiting: dict[str, str] = {}  # site with a mask that may open → what has recoded it, if any
-    fixed: dict[str, PruneWeights] = {}
+    pruned: dict[str, PruneWeights] = {}
     unused: Schedule | None = None
     for index, step in enumerate(recipe.steps):
         trains = isinstance(step, Recover) and step.epochs > 0
+        schedules = [s for s in recipe.settings(index) if isinstance(s, Schedule)]
         if isinstance(step, Recoding):
             for site in step.sites(trace):
                 if isinstance(step, PruneWeights):
-                    waiting[site.name] = ""
-                    if not step.may_reopen:
-                        fixed[site.name] = step
+                    waiting[site.name], pruned[site.name] = "", step
                 elif waiting.get(site.name) == "":
                     waiting[site.name] = step.name
         elif isinstance(step, Schedule):
             _refuse_unused(unused)
             unused = step
-        elif trains and waiting and any(isinstance(s, Schedule) for s in recipe.settings(index)):
-            for name, step_before in fixed.items():
-                raise RecipeError(
-                    f"schedule: what {step_before} removed from site {name!r} is gone for good and "
-                    "cannot come back in steps; leave the schedule out, or prune by magnitude "
-                    "without a pattern"
-                )
+        elif trains and waiting and schedules:
+            for name, before in pruned.items():
+                if not before.may_reopen:
+                    raise RecipeError(
+                        f"schedule: what {before} removed from site {name!r} is gone for good and "
+                        "cannot come back in steps; leave the schedule out, or prune by magnitude"
+                    )
+                schedules[-1].check(before.pattern, name)
             for name, recoded in waiting.items():
                 if recoded:
                     raise RecipeError(recoded_too_early(name, recoded))
-            waiting, fixed, unused = {}, {}, None
+            waiting, pruned, unused = {}, {}, None
     _refuse_unused(unused)
 
 

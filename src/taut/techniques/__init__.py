@@ -8,6 +8,7 @@ from taut.techniques.l0_gates import L0Gates
 from taut.techniques.learned_levels import LearnedLevels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.share_values import ShareValues
+from taut.techniques.student import Student
 from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "LearnedLevels",
     "PruneWeights",
     "ShareValues",
+    "Student",
     "VariationalDropout",
 ]
