@@ -66,7 +66,7 @@ class Setting:
 
 WAYS = ("RER", "low rank", "equal size", "equal size, distilled", "hashed", "hashed, distilled")
 SETTINGS = (
-    Setting(3, 8, 16, (0.2, 0.5), (2.19, 1.89, 1.69, 1.71, 1.45, 1.43)),
+    Setting(3, 8, 30, (0.1, 0.4), (2.19, 1.89, 1.69, 1.71, 1.45, 1.43)),
     Setting(3, 64, 30, (0.0, 0.2), (15.03, 28.99, 6.28, 6.32, 2.79, 2.65)),
     Setting(5, 64, 5, (0.0, 0.1), (3.20, 28.11, 2.69, 2.16, 1.99, 1.92)),
 )
