@@ -97,8 +97,9 @@ class Chain(nn.Module):
         """Each form with the core that it decodes, outermost first."""
         found: list[tuple[Form, Tensor]] = []
         for form in reversed(self.forms):
+            if found:
+                core = found[0][0](core)
             found.insert(0, (cast(Form, form), core))
-            core = form(core)
         return found
 
     def settled(self) -> bool:

@@ -57,7 +57,7 @@ class HashWeights(Recoding):
     """Let a hash draw the weights of a site from a few trained buckets."""
 
     ratio: float = option(0.125, low=0, below=1, help="buckets for each weight")
-    buckets: int = option(0, low=0, below=2**31, help="of a site, whatever the ratio; 0 goes by it")
+    buckets: int = option(0, low=0, below=2**31, help="how many, whatever the ratio; 0 goes by it")
     run: int = option(
         1, low=1, high=64, unit="column", help="1, 4, 16 or 64 that lie side by side in the buckets"
     )
