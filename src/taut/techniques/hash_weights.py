@@ -90,12 +90,7 @@ class HashWeights(Recoding):
                     f"bucket and fewer than weights, got {self._wanted(total)}; change ratio or "
                     "buckets"
                 )
-            return chosen
-        smaller = tuple(s for s in chosen if self._wanted(s.numel) < s.numel)
-        if not smaller:
-            least = min(chosen, key=lambda s: s.numel)
-            self.accepts(least, least.shape)
-        return smaller
+        return chosen
 
     def _wanted(self, numel: int) -> int:
         return self.buckets or round(self.ratio * numel)
@@ -117,11 +112,6 @@ class HashWeights(Recoding):
                 f"{asked} leaves {count} for the {site.numel} weights of site {site.name!r}; use "
                 f"buckets={bands} or more"
             )
-        if count >= site.numel:
-            raise RecipeError(
-                f"hash_weights: {count} buckets would enlarge site {site.name!r} of {site.numel} "
-                "weights; use fewer, or leave it out by only"
-            )
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
@@ -132,15 +122,6 @@ class HashWeights(Recoding):
             count = self._wanted(total)
             local = replace(self, buckets=count, ratio=count / total)
         return {s.name: local for s in sites}
-
-    def finish(self, model: nn.Module, trace: Trace) -> list[str]:
-        hashed = self.sites(trace)
-        return [
-            f"{s.name}: left as it is, since {self._wanted(s.numel)} buckets for its {s.numel} "
-            "weights would enlarge it"
-            for s in self._chosen(trace.sites)
-            if s not in hashed
-        ]
 
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
