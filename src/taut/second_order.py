@@ -18,6 +18,14 @@ Where we differ:
   ½ · w'[i]² · H[i, i], the damage before the others are adjusted: the formula above counts on
   neighbours that go at the same stage, and measures worse the more of them do.
 
+Rounding: the columns go one by one, those of the largest H[i, i] first. Each is rounded, and its
+error is made good in the columns that follow,
+
+    w[j:] −= (w[j] − round(w[j])) / U[j, j] · U[j, j:],    H⁻¹ = Uᵀ · U, U upper triangular
+
+(Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023; OBQ, whose order each row finds for itself:
+Frantar, Singh, Alistarh, NeurIPS 2022).
+
 Block Fisher: H is the empirical Fisher matrix F, mean of g · gᵀ over single examples, in blocks
 along the flattened weight (Singh, Alistarh: WoodFisher, NeurIPS 2020). Where we differ: the blocks
 are summed and factored once, which gives what their rank-one updates of the inverse give.
@@ -27,7 +35,7 @@ Either matrix gets `DAMPING` times the mean of its diagonal added to the diagona
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,6 +159,32 @@ def obs(
                 stays = mask.flatten()[part.index]
                 now[part.index] = refit(part.hessian, before[part.index], stays)
     return mask, now.to(weights.dtype).reshape(weights.shape)
+
+
+def rounded(
+    weights: Tensor, products: Sequence[Product], nearest: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The weights rounded so that the outputs change least, of their shape.
+
+    nearest: (values, places) → what they are rounded to, alone; places: int64, where the values lie
+    in the flattened weights.
+    """
+    flat = weights.double().flatten()
+    done = nearest(flat, torch.arange(len(flat)))
+    for product in disjoint(products, weights.numel()):
+        if product.moments.dim() < 2:
+            continue
+        hessian = damped(product.moments)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        upper = torch.linalg.cholesky(inverse(hessian[order][:, order]), upper=True)
+        index = product.index[:, order]
+        columns = flat[index]
+        for j in range(len(order)):
+            on_grid = nearest(columns[:, j], index[:, j])
+            error = (columns[:, j] - on_grid) / upper[j, j]
+            columns[:, j:] -= error[:, None] * upper[j, j:]
+            done[index[:, j]] = on_grid
+    return done.to(weights.dtype).reshape(weights.shape)
 
 
 @dataclass(frozen=True, eq=False)
