@@ -52,17 +52,14 @@ def _figures(net: Net, options: argparse.Namespace) -> list[Figure]:
             rounded = taut.apply(clone(model), Quantize(bits=bits, method=method), few)
             lost[method], scores[method] = held(rounded) - whole, task.evaluate(rounded)
             print(f"{net.name}, {bits} bits, {method}: loss {held(rounded):.4f}")
-        figures.append(
-            Figure(
-                name=f"{net.name}, {bits} bits: loss added by second-order rounding",
-                paper=f"{lost['affine']:.4f}; scores {scores['affine']:.4f} and "
-                f"{scores['gptq']:.4f} of {score:.4f}",
-                ours=lost["gptq"],
-                asked=lost["affine"] / 3,
-                at_most=True,
-                command=f"quantize(bits={bits}, method='gptq')",
-            )  # fmt: skip
-        )
+        scored = f"{scores['affine']:.4f} and {scores['gptq']:.4f} of {score:.4f}"
+        one = Figure(
+            name=f"{net.name}, {bits} bits: loss added by second-order rounding",
+            paper=f"{lost['affine']:.4f}; scores {scored}",
+            ours=lost["gptq"], asked=lost["affine"] / 3, at_most=True,
+            command=f"quantize(bits={bits}, method='gptq')",
+        )  # fmt: skip
+        figures.append(one)
     return figures
 
 

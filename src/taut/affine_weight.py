@@ -132,7 +132,8 @@ class AffineWeight(IndexedWeight):
         ones = torch.ones(self.shape[0], device=x.device)
         table = self._numbers().to(torch.int8)[None]
         y = lookup_matmul_int8(x, self.codes, table, ones, self.bits)
-        return self._scaled(y, x) * step
+        scaled: Tensor = self._scaled(y, x) * step
+        return scaled
 
     def _numbers(self) -> Tensor:
         """n − 2**(bits − 1), which an int8 holds whatever the zero is."""
@@ -140,7 +141,7 @@ class AffineWeight(IndexedWeight):
 
     def _scaled(self, y: Tensor, x: Tensor) -> Tensor:
         """The product of x with the weight, given that with `_numbers`."""
-        beside = 2 ** (self.bits - 1) - self.middle()
+        beside: Tensor = 2 ** (self.bits - 1) - self.middle()
         if bool(beside.any()):
             y = y + beside * x.sum(-1, keepdim=True, dtype=torch.float32)
         scaled: Tensor = y * self.steps.dense().float()

@@ -150,7 +150,7 @@ def apply(
         )
     traced = traced or trace(model, task.example())
     sites = step.sites(traced)
-    statistics = Statistics(model, task.calibration_loss())
+    statistics = Statistics(model, task.calibration_loss(), traced)
     local = step.localise(model, sites, statistics)
     for site in sites:
         _log.info("%s: %s", site.name, local[site.name])

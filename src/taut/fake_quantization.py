@@ -122,7 +122,8 @@ class Projected(WholeNumbers):
     def weight(self, core: Tensor) -> Tensor:
         most = 2**self.bits - 1
         n = _stands_for(self.numbers(core).detach(), most * self._share(core))
-        return self.step() * (n - most / 2)
+        weight: Tensor = self.step() * (n - most / 2)
+        return weight
 
     def clear(self, core: Tensor | None, where: Tensor) -> bool:
         return False

@@ -1,6 +1,9 @@
 """The techniques, one file each. Importing this package registers them all."""
 
 from taut.techniques.code_length import CodeLength
+from taut.techniques.correct_biases import CorrectBiases
+from taut.techniques.equalise import Equalise
+from taut.techniques.fold_norms import FoldNorms
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.quantize import Quantize
@@ -9,6 +12,9 @@ from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
     "CodeLength",
+    "CorrectBiases",
+    "Equalise",
+    "FoldNorms",
     "L0Gates",
     "PruneWeights",
     "Quantize",
