@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
+from taut.affine_weight import AffineWeight
 from taut.kernels import Levels
 from taut.layers import packed_layers
 from taut.pack import DICTIONARY, encode, inspect, load
@@ -81,6 +82,20 @@ def sparse_shared(*shape: int) -> PackedWeight:
     return SparseWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)))
 
 
+def affine(*shape: int) -> PackedWeight:
+    """Rows with steps and zeros of their own."""
+    row = torch.arange(shape[0])
+    steps = Plain.of((row % 3 + 1) / 16, "bfloat16")
+    return AffineWeight(index(torch.Size(shape).numel()).reshape(shape), 3, steps, row % 7 * 2)
+
+
+def dense_affine(*shape: int) -> Tensor:
+    """One number after another, as a person would."""
+    rows = index(torch.Size(shape).numel()).reshape(shape[0], -1).tolist()
+    found = [[(n - i % 7) * (i % 3 + 1) / 16 for n in row] for i, row in enumerate(rows)]
+    return torch.tensor(found).reshape(shape)
+
+
 def sparse_sparse(*shape: int) -> PackedWeight:
     """What gates left of what a mask kept."""
     kept = mask(*shape)
@@ -113,6 +128,7 @@ WRITTEN = {
     "sparse": sparse,
     "shared_values": shared,
     "integers": integers,
+    "affine": affine,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
 }
@@ -122,6 +138,7 @@ MEANT = {
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
     "integers": numbers,
+    "affine": dense_affine,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
 }
@@ -131,6 +148,11 @@ NODES: dict[str, Any] = {
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
     "integers": ["integers.v1"],
+    "affine": [
+        "affine.v1",
+        {"bits": 3, "zero": "each"},
+        {"steps": ["plain.v1", {"as": "bfloat16"}]},
+    ],
     "sparse_shared": [
         "sparse.v1",
         {},
@@ -283,6 +305,6 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     again = int(mask(kept).sum())
     expected = {
         "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
-        "sparse_sparse": 400 + kept + again,
+        "sparse_sparse": 400 + kept + again, "affine": 440,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

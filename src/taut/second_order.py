@@ -161,6 +161,17 @@ def obs(
     return mask, now.to(weights.dtype).reshape(weights.shape)
 
 
+def damage(changes: Sequence[Tensor], products: Sequence[Product], squares: Tensor) -> list[float]:
+    """½ · Σ over rows of c · dᵀ · H · d for each of several changes of a weight, of its shape."""
+    totals = [0.0] * len(changes)
+    for part in _parts(products, squares):
+        for i, change in enumerate(changes):
+            d = change.double().flatten()[part.index]
+            bent = d @ part.hessian if part.correlated else d * part.hessian
+            totals[i] += 0.5 * float((part.rows * d * bent).sum())
+    return totals
+
+
 def rounded(
     weights: Tensor, products: Sequence[Product], nearest: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:

@@ -13,9 +13,9 @@ inference, CVPR 2018). gptq is affine, rounded column by column with the error m
 columns to come (second_order.py). lsq trains the steps, dorefa squeezes the weights by tanh
 (fake_quantization.py has both, and their papers). float16 and bfloat16 store that.
 
-mixed: each site gets bits of its own, 2 to 8, so that ½ · Σ H[i, i] · (W' − W)²[i] is least at this
-mean number of bits, H the squared gradients of single examples. Dong et al.: HAWQ-V2 (NeurIPS
-2020). Where we differ: there the mean trace of the Hessian and a choice among whole settings.
+mixed: each site gets bits of its own, 2 to 8, so that the summed damage ½ · dᵀ · H · d, d = W' − W
+of each site, is least at this mean number of bits. Dong et al.: HAWQ-V2 (NeurIPS 2020). Where we
+differ: H is that of second_order.py, not its mean trace.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from taut.ranges import (
     whole,
 )
 from taut.recoding import Form, Recoding
-from taut.second_order import rounded
+from taut.second_order import damage, rounded
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
 from taut.types import Site
 
 HALVES = ("float16", "bfloat16")
 _FEWEST, _MOST = 2, 8  # bits that a site gets of a mean
+_UNITS = 4096  # in which the bits that there are to share out are counted
 
 
 @register_step
@@ -115,11 +116,9 @@ class Quantize(Recoding):
         for site in sites:
             weight = tensor_at(model, site.name).detach().cpu()
             self._refuse_no_numbers(weight, site)
+            some = [self._rounded(weight, b) - weight for b in range(_FEWEST, _MOST + 1)]
             felt = statistics.gradients(site).squares
-            damages[site.name] = [
-                float((felt * (self._rounded(weight, bits) - weight).square()).sum()) / 2
-                for bits in range(_FEWEST, _MOST + 1)
-            ]
+            damages[site.name] = damage(some, statistics.products(site), felt)
         chosen = share_out(damages, {s.name: s.numel for s in sites}, self.bits)
         return {n: replace(self, bits=bits, mixed=False) for n, bits in chosen.items()}
 
@@ -254,24 +253,29 @@ class Quantize(Recoding):
         return self._input(step, signed)
 
 
-def share_out(
-    damages: dict[str, list[float]], numels: dict[str, int], mean: float
-) -> dict[str, int]:
+def share_out(damages: dict[str, list[float]], numels: dict[str, int], mean: int) -> dict[str, int]:
     """Bits of each site, of this mean over all weights at most, at the least summed damage.
 
-    damages: of each site at 2, 3, … 8 bits. Bits go one by one to where a bit of the file spares
-    most; what does not fit any more is passed over.
+    damages: of each site at 2, 3, … 8 bits. Exact but for the budget, which is counted in `_UNITS`;
+    where the mean everywhere does as well, that is it.
     """
-    chosen = dict.fromkeys(damages, _FEWEST)
-    left = (mean - _FEWEST) * sum(numels.values())
-    while True:
-        spared = {
-            name: (damages[name][bits - _FEWEST] - damages[name][bits - _FEWEST + 1]) / numels[name]
-            for name, bits in chosen.items()
-            if bits < _MOST and numels[name] <= left
-        }
-        if not spared:
-            return chosen
-        best = max(spared, key=lambda n: spared[n])
-        chosen[best] += 1
-        left -= numels[best]
+    if mean == _FEWEST:
+        return dict.fromkeys(damages, mean)
+    each = (mean - _FEWEST) * sum(numels.values()) / _UNITS
+    costs = {n: [math.ceil(m * numels[n] / each) for m in range(_MOST - 1)] for n in damages}
+    best = torch.zeros(_UNITS + 1, dtype=torch.float64)  # the least damage within each budget
+    choices = []
+    for name, found in damages.items():
+        tried = torch.full((_MOST - 1, _UNITS + 1), torch.inf, dtype=torch.float64)
+        for more, (cost, value) in enumerate(zip(costs[name], found, strict=True)):
+            if cost <= _UNITS:
+                tried[more, cost:] = best[: _UNITS + 1 - cost] + value
+        best, chosen = tried.min(0)
+        choices.append((name, chosen))
+    if sum(d[mean - _FEWEST] for d in damages.values()) <= float(best[-1]):
+        return dict.fromkeys(damages, mean)
+    bits, left = {}, _UNITS
+    for name, chosen in reversed(choices):
+        more = int(chosen[left])
+        bits[name], left = _FEWEST + more, left - costs[name][more]
+    return bits
