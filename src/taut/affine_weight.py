@@ -137,11 +137,14 @@ class AffineWeight(IndexedWeight):
 
     def _numbers(self) -> Tensor:
         """n − 2**(bits − 1), which an int8 holds whatever the zero is."""
-        return torch.arange(2**self.bits, device=self.zeros.device) - 2 ** (self.bits - 1)
+        return torch.arange(2**self.bits, device=self.zeros.device) - self._middle()
+
+    def _middle(self) -> int:
+        return 1 << self.bits - 1
 
     def _scaled(self, y: Tensor, x: Tensor) -> Tensor:
         """The product of x with the weight, given that with `_numbers`."""
-        beside: Tensor = 2 ** (self.bits - 1) - self.middle()
+        beside = self._middle() - self.middle()
         if bool(beside.any()):
             y = y + beside * x.sum(-1, keepdim=True, dtype=torch.float32)
         scaled: Tensor = y * self.steps.dense().float()
