@@ -328,7 +328,8 @@ def by_hand(h, row):
     return w
 
 
-def test_rounding_makes_errors_good_in_the_columns_to_come():
+def test_rounding_makes_errors_good_in_the_columns_to_come(monkeypatch):
+    monkeypatch.setattr("taut.second_order.SWEEPS", 0)
     x, w = correlated(60, 9), torch.randn(5, 9).double()
     found = rounded(w, [product(x, (5, 9))], to_quarters)
     h = damped(x.T @ x)
@@ -336,6 +337,24 @@ def test_rounding_makes_errors_good_in_the_columns_to_come():
     torch.testing.assert_close(found, wanted)
     assert torch.equal(found, to_quarters(found, None))
     assert damage(h, w, found) < damage(h, w, to_quarters(w, None)) / 1.5
+
+
+def test_sweeps_end_where_no_single_weight_can_do_better(monkeypatch):
+    x, w = correlated(60, 9), torch.randn(5, 9).double()
+    h = damped(x.T @ x)
+
+    def after(sweeps):
+        monkeypatch.setattr("taut.second_order.SWEEPS", sweeps)
+        return rounded(w, [product(x, (5, 9))], to_quarters)
+
+    losses = [damage(h, w, after(n)) for n in (0, 1, 2, 20)]
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
+    assert losses[-1] < losses[0]
+    settled = after(20)
+    for i, j, step in itertools.product(range(5), range(9), (-0.25, 0.25)):
+        other = settled.clone()
+        other[i, j] += step
+        assert damage(h, w, other) >= losses[-1] - 1e-12
 
 
 def test_without_correlations_rounding_is_to_the_nearest():

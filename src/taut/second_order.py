@@ -24,7 +24,8 @@ error is made good in the columns that follow,
     w[j:] −= (w[j] − round(w[j])) / U[j, j] · U[j, j:],    H⁻¹ = Uᵀ · U, U upper triangular
 
 (Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023; OBQ, whose order each row finds for itself:
-Frantar, Singh, Alistarh, NeurIPS 2022).
+Frantar, Singh, Alistarh, NeurIPS 2022). Where we differ: `SWEEPS` times more each column is rounded
+anew to where the damage is least, the others as they are, which only lessens it.
 
 Block Fisher: H is the empirical Fisher matrix F, mean of g · gᵀ over single examples, in blocks
 along the flattened weight (Singh, Alistarh: WoodFisher, NeurIPS 2020). Where we differ: the blocks
@@ -46,6 +47,7 @@ from taut.pattern import Pattern, largest
 from taut.products import Product
 
 DAMPING = 0.01
+SWEEPS = 3
 _MOST_NUMBERS = 2**24  # in the matrices that are factored at once
 
 
@@ -194,8 +196,23 @@ def rounded(
             on_grid = nearest(columns[:, j], index[:, j])
             error = (columns[:, j] - on_grid) / upper[j, j]
             columns[:, j:] -= error[:, None] * upper[j, j:]
-            done[index[:, j]] = on_grid
+            columns[:, j] = on_grid
+        done[index] = _settled(columns, flat[index], hessian[order][:, order], index, nearest)
     return done.to(weights.dtype).reshape(weights.shape)
+
+
+def _settled(
+    found: Tensor, weights: Tensor, hessian: Tensor, index: Tensor,
+    nearest: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """The rounded weights, [rows, n], after sweeps of coordinate descent on the damage."""
+    slope = (found - weights) @ hessian
+    for _ in range(SWEEPS):
+        for j in range(len(hessian)):
+            best = nearest(found[:, j] - slope[:, j] / hessian[j, j], index[:, j])
+            slope += (best - found[:, j])[:, None] * hessian[j]
+            found[:, j] = best
+    return found
 
 
 @dataclass(frozen=True, eq=False)
