@@ -39,6 +39,8 @@ from taut.kernels.lookup import pack_indices
 from taut.kernels.sparse import pack_rows
 from taut.layers import pack_layer, run_dense
 from taut.packed import PackedWeight, Plain
+from taut.pattern import Pattern, largest
+from taut.pattern_weights import pattern_weight
 from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 from taut.tune import tune
@@ -214,6 +216,35 @@ def sparse(b: Bench) -> list[Figure]:
     return found
 
 
+def patterns(b: Bench) -> list[Figure]:
+    """Packed layers whose masks have a pattern, beside the plain layer."""
+    side, _ = _dense(b)
+    found = []
+    for text, zeros, batches in (("16x1", 0.9, ((1, 5), (64, 5))), ("2:4", 0.5, ((1, 1.5),))):
+        plain, pattern = nn.Linear(side, side), Pattern.parse(text)
+        weight, kept = plain.weight.detach(), round((1 - zeros) * side * side)
+        mask = largest(weight.square(), kept, pattern=pattern)
+        for name, values in (
+            ("float16", Plain.of(weight[mask], "float16")),
+            ("4-bit shared", _shared(weight[mask])),
+        ):
+            layer = copy.deepcopy(plain)
+            pack_layer(layer, {"weight": pattern_weight(pattern, mask, values)})
+            run_dense(layer, False)
+            for batch, asked in batches:
+                x = torch.randn(batch, side)
+                found.append(
+                    b.figure(
+                        f"layer of {text}, {zeros:.0%}, {name} values, batch {batch}",
+                        asked,
+                        lambda f=layer, x=x: f(x),
+                        lambda f=plain, x=x: f(x),
+                        b.cycles(kept * batch / 16, FMAS),
+                    )
+                )
+    return found
+
+
 def hashes(b: Bench) -> list[Figure]:
     side, w = _dense(b)
     buckets = wrap_buckets(torch.randn(side * side // 64))
@@ -302,7 +333,7 @@ def _dense(b: Bench) -> tuple[int, Tensor]:
     return side, torch.randn(side, side)
 
 
-PARTS = (bitplanes, convolutions, lookups, sparse, hashes, recurrent, tuned)
+PARTS = (bitplanes, convolutions, lookups, sparse, patterns, hashes, recurrent, tuned)
 
 
 @torch.inference_mode()

@@ -16,11 +16,12 @@ from taut.activations import (
     nearest_step,
     place_input,
 )
+from taut.container import encode
 from taut.errors import FormatError, RecipeError
 from taut.kernels import Levels
 from taut.layers import run_dense
 from taut.modules import clone
-from taut.pack import encode, load, pack
+from taut.pack import load, pack
 from taut.packed import Plain
 
 

@@ -93,6 +93,39 @@ def test_inspect_shows_what_a_network_can_lose(task_file, tmp_path, monkeypatch)
     assert f"{found['losses']['0.weight'][6]:.4g}" in text
 
 
+def test_inspect_shows_how_far_rows_have_turned(compressed, task_file, monkeypatch):
+    monkeypatch.setattr(taut.cli.out, "width", 100)
+    file = compressed[0] / "net.taut"
+    text = run("inspect", file, "--angles", "--task", task_file).output
+    lines = [line.replace("│", " ").split() for line in text.splitlines() if ".weight" in line]
+    assert [line[:3] for line in lines] == [
+        ["0.weight", "48", "64"], ["3.weight", "32", "48"], ["5.weight", "10", "32"],
+    ]  # fmt: skip
+    done = run("inspect", file, "--angles", "--task", task_file, "--json")
+    found = json.loads(done.stdout)
+    for line, told in zip(lines, found, strict=True):
+        assert told["name"] == line[0]
+        assert line[3:7] == [
+            f"{told['angle']:.2f}", "±", f"{told['angle_spread']:.2f}", f"{told['sign_angle']:.2f}",
+        ]  # fmt: skip
+        assert 5 < told["angle"] < 60
+        assert line[-1] == str(told["left_out"])
+
+
+def test_inspect_of_angles_needs_a_file_and_a_task(compressed, task_file):
+    file = compressed[0] / "net.taut"
+    for arguments in (
+        [file, "--angles"],
+        [file, "--task", task_file],
+        [task_file, "--angles", "--task", task_file],
+        [task_file, "--sensitivity", "--angles", "--task", task_file],
+    ):
+        done = run("inspect", *arguments)
+        assert done.exit_code == 2
+        said = " ".join(done.output.replace("│", " ").split())
+        assert "taut inspect net.taut --angles --task task.py" in said
+
+
 def test_inspect_tells_its_two_kinds_of_file_apart(task_file, tmp_path):
     for arguments, message in (
         ([task_file], "is no .taut file; what its network can lose is shown by --sensitivity"),

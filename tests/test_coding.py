@@ -1,5 +1,6 @@
 """Entropy coding: what is read is what was written, at the size that was accounted for."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -167,6 +168,45 @@ def test_any_bitmap_comes_back(mask: Ints) -> None:
 @pytest.mark.parametrize("value", [0, 1])
 def test_an_even_bitmap_costs_next_to_nothing(value: int) -> None:
     assert bits_of(bitmap_of(np.full((300, 300), value))) < 200
+
+
+def n_of_m_of(mask: Ints, keep: int, of: int) -> Code:
+    rows, columns = mask.shape
+    return lambda c, has: c.n_of_m("b", mask if has else None, rows, columns, keep, of)
+
+
+def grouped(rows: int, columns: int, keep: int, of: int, weights: Ints | None = None) -> Ints:
+    """`keep` ones in every `of` columns, at random, or more often where weights are large."""
+    noise = np.random.default_rng(3).random((rows, columns))
+    scores = noise if weights is None else weights + noise
+    mask = np.zeros((rows, columns), dtype=np.int64)
+    for start in range(0, columns, of):
+        part = scores[:, start : start + of]
+        best = np.argsort(-part, axis=1)[:, :keep]
+        np.put_along_axis(mask[:, start : start + of], best, 1, axis=1)
+    return mask
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8), (1, 2), (3, 7), (50, 128), (127, 128)])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (1, 1), (1, 9), (40, 2), (17, 130), (300, 16)])
+def test_groups_come_back(shape: tuple[int, int], keep: int, of: int) -> None:
+    mask = grouped(*shape, keep, of)
+    out, _, _ = there_and_back(n_of_m_of(mask, keep, of))
+    np.testing.assert_array_equal(out, mask)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8), (16, 32)])
+def test_groups_without_structure_cost_their_number_of_choices(keep: int, of: int) -> None:
+    mask = grouped(64, 256, keep, of)
+    _, parts, _ = there_and_back(n_of_m_of(mask, keep, of))
+    assert parts["b"].bits == pytest.approx(64 * 256 // of * math.log2(math.comb(of, keep)))
+
+
+def test_groups_in_which_columns_differ_cost_less() -> None:
+    weights = np.tile([0.0, 0.9, 0.1, 0.8], 64)
+    mask = grouped(200, 256, 2, 4, weights)
+    _, parts, _ = there_and_back(n_of_m_of(mask, 2, 4))
+    assert parts["b"].bits < 0.5 * 200 * 64 * math.log2(6)
 
 
 @pytest.mark.parametrize("turn", [False, True], ids=["columns", "rows"])

@@ -5,8 +5,10 @@ import pytest
 from taut.recoding import Recoding
 from taut.technique import techniques
 from taut.techniques import (
+    Binarize,
     CodeLength,
     L0Gates,
+    LearnedLevels,
     PruneWeights,
     Quantize,
     ShareValues,
@@ -22,6 +24,15 @@ class TestPruneWeights(RecodingContract):
         PruneWeights(quality=1.0),
         PruneWeights(sparsity=0.8, scope="layer", criterion="obs"),
         PruneWeights(criterion="obs", pattern="2:4"),
+    )
+
+
+class TestPatterns(RecodingContract):
+    under_test = (
+        PruneWeights(pattern="2:4"),
+        PruneWeights(pattern="4:8"),
+        PruneWeights(pattern="4x1", sparsity=0.8, scope="global"),
+        PruneWeights(pattern="16x1", sparsity=0.7),
     )
 
 
@@ -86,6 +97,24 @@ class TestVariationalDropout(RecodingContract):
     under_test = (
         VariationalDropout(),
         VariationalDropout(noise=0.01, threshold=0.0),
+    )
+
+
+class TestBinarize(RecodingContract):
+    under_test = (
+        Binarize(ends=True),
+        Binarize(ends=True, weights="ternary"),
+        Binarize(ends=True, weights="trained"),
+        Binarize(ends=True, weights="stochastic", scale="none"),
+        Binarize(ends=True, weights="ternary", scale="site"),
+    )
+
+
+class TestLearnedLevels(RecodingContract):
+    under_test = (
+        LearnedLevels(ends=True),
+        LearnedLevels(ends=True, bits=1),
+        LearnedLevels(ends=True, bits=3, activations=2),
     )
 
 

@@ -30,7 +30,7 @@ def test_the_tree_says_what_the_class_says(name: str) -> None:
     assert said[0].lower() + said[1:] == DRAWN[name]
 
 
-@pytest.mark.parametrize("name", ["RecipeError", "GoalError", "FormatError"])
+@pytest.mark.parametrize("name", ["RecipeError", "GoalError", "FormatError", "ZooError"])
 def test_wrong_values_are_value_errors(name: str) -> None:
     assert issubclass(getattr(errors, name), ValueError)
 
@@ -51,3 +51,8 @@ def test_the_root_is_public() -> None:
 )
 def test_did_you_mean(word: str, choices: list[str], said: str) -> None:
     assert did_you_mean(word, choices) == said
+
+
+def test_several_near_words_are_suggested_where_they_are_asked_for() -> None:
+    words = ["net_v1", "net_v2", "other"]
+    assert did_you_mean("net_v", words, count=3) == "; did you mean 'net_v2' or 'net_v1'?"

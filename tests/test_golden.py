@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
 from taut.affine_weight import AffineWeight
+from taut.bit_weight import BitWeight
+from taut.container import DICTIONARY, encode
 from taut.kernels import Levels
 from taut.layers import packed_layers
-from taut.pack import DICTIONARY, encode, inspect, load
+from taut.pack import inspect, load
 from taut.packed import FORMATS, PackedWeight, Plain
+from taut.pattern_weights import BlockWeight, NOfMWeight
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
@@ -103,6 +106,44 @@ def sparse_sparse(*shape: int) -> PackedWeight:
     return SparseWeight(kept, SparseWeight(inner, Plain.of(numbers(*shape)[kept][inner])))
 
 
+def block_mask(*shape: int) -> Tensor:
+    """About a third of the blocks of four rows, the last ones shorter where rows are three."""
+    chosen = mask(-(-shape[0] // 4), torch.Size(shape[1:]).numel())
+    return chosen.repeat_interleave(4, 0)[: shape[0]].reshape(shape)
+
+
+def blocks(*shape: int) -> PackedWeight:
+    kept = block_mask(*shape)
+    return BlockWeight(kept, Plain.of(numbers(*shape)[kept]), 4)
+
+
+def two_of_four(*shape: int) -> Tensor:
+    """In every four of a row two, and all of what a row ends with: the pairs in their order."""
+    pairs = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+    columns = torch.Size(shape[1:]).numel()
+    kept = torch.zeros(shape[0], columns, dtype=torch.bool)
+    for row in range(shape[0]):
+        for start in range(0, columns, 4):
+            ends = columns - start < 4
+            for place in (0, 1) if ends else pairs[(row * row + 5 * start // 4) % 6]:
+                kept[row, start + place] = True
+    return kept.reshape(shape)
+
+
+def n_of_m_shared(*shape: int) -> PackedWeight:
+    kept = two_of_four(*shape)
+    return NOfMWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)), 2, 4)
+
+
+def dense_n_of_m_shared(*shape: int) -> Tensor:
+    """One place after another, as a person would."""
+    out, seen = [], 0
+    for kept in two_of_four(*shape).flatten().tolist():
+        out.append(float(TABLE[index(seen + 1)[-1]]) if kept else 0.0)
+        seen += kept
+    return torch.tensor(out).reshape(shape)
+
+
 def dense_sparse_sparse(*shape: int) -> Tensor:
     """One place after another, as a person would."""
     out, seen = [], 0
@@ -122,7 +163,29 @@ def dense_sparse_shared(*shape: int) -> Tensor:
     return torch.tensor(out).reshape(shape)
 
 
+def bits(*shape: int) -> PackedWeight:
+    """Two planes, and scales for each row."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).reshape(shape)
+    return BitWeight(codes, Plain.of(scales_of(shape[0])))
+
+
+def scales_of(rows: int) -> Tensor:
+    return torch.stack([torch.arange(1, rows + 1) / 4, torch.arange(rows, 0, -1) / 8])
+
+
+def dense_bits(*shape: int) -> Tensor:
+    """One weight after another, as a person would."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).tolist()
+    low, high = scales_of(shape[0]).tolist()
+    each, out = len(codes) // shape[0], []
+    for i, code in enumerate(codes):
+        row = i // each
+        out.append((low[row] if code & 1 else -low[row]) + (high[row] if code & 2 else -high[row]))
+    return torch.tensor(out).reshape(shape)
+
+
 WRITTEN = {
+    "bits": bits,
     "plain": plain,
     "codes": plain,
     "sparse": sparse,
@@ -131,8 +194,11 @@ WRITTEN = {
     "affine": affine,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
+    "blocks": blocks,
+    "n_of_m_shared": n_of_m_shared,
 }
 MEANT = {
+    "bits": dense_bits,
     "plain": numbers,
     "codes": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
@@ -141,8 +207,11 @@ MEANT = {
     "affine": dense_affine,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
+    "blocks": lambda *shape: numbers(*shape) * block_mask(*shape),
+    "n_of_m_shared": dense_n_of_m_shared,
 }
 NODES: dict[str, Any] = {
+    "bits": ["bits.v1", {"planes": 2, "rows": True}, {"scale": ["plain.v1"]}],
     "plain": ["plain.v1"],
     "codes": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
@@ -159,6 +228,12 @@ NODES: dict[str, Any] = {
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
+    "blocks": ["blocks.v1", {"rows": 4}, {"values": ["plain.v1"]}],
+    "n_of_m_shared": [
+        "n_of_m.v1",
+        {"keep": 2, "of": 4},
+        {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
+    ],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 
@@ -304,7 +379,8 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     kept = int(mask(20, 20).sum())
     again = int(mask(kept).sum())
     expected = {
-        "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
-        "sparse_sparse": 400 + kept + again, "affine": 440,
+        "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
+        "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
+        "affine": 440, "blocks": 100 + int(block_mask(20, 20).sum()),
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -23,7 +23,7 @@ EVERYTHING = sorted(
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
-    {"errors", "types"},
+    {"errors", "types", "machine"},
     {
         "files",
         "coding",
@@ -37,12 +37,12 @@ FLOORS = (
         "pattern",
         "ranges",
     },
-    {"data", "trace", "second_order", "packed"},
+    {"data", "trace", "second_order", "packed", "edits"},
     {"statistics"},
-    {"importance", "activations"},
+    {"importance", "activations", "container"},
     {"technique"},
-    {"recoding", "keep_search"},
-    {"layers", "sparse_weight", "indexed_weight"},
+    {"recoding", "reshaping", "keep_search"},
+    {"layers", "sparse_weight", "indexed_weight", "bit_weight", "pattern_weights"},
     {"mask", "selection", "dead_units", "affine_weight"},
     {"fake_quantization", "norms"},
     {"techniques"},
@@ -51,7 +51,7 @@ FLOORS = (
     {"distillation"},
     {"objective"},
     {"recover", "measure", "pack"},
-    {"plan", "testing"},
+    {"plan", "testing", "angles"},
     {"compress"},
     {"report_data", "doctor", "sensitivity"},
     {"report"},

@@ -13,7 +13,7 @@ from taut.data import Batches
 from taut.errors import RecipeError, TaskError
 from taut.importance import CRITERIA, FISHER_WIDTH, taylor, wanda
 from taut.modules import clone, tensor_at
-from taut.pattern import Pattern
+from taut.pattern import NOfM
 from taut.statistics import Statistics
 from taut.techniques import PruneWeights, ShareValues
 
@@ -254,8 +254,8 @@ def test_a_pattern_keeps_n_of_every_m_in_a_row(trained, task):
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 10), (2, 3, 3), (5,), (4, 1)])
 def test_the_rest_of_a_row_keeps_as_many_or_all(shape):
-    pattern, scores = Pattern(2, 4), torch.rand(shape)
-    chosen = pattern.choose(scores, torch.ones(shape, dtype=torch.bool))
+    pattern, scores = NOfM(2, 4), torch.rand(shape)
+    chosen = pattern.choose(scores, pattern.kept(shape))
     assert int(chosen.sum()) == pattern.kept(shape)
     rows = chosen.reshape(shape[0] if len(shape) > 1 else 1, -1)
     for row in rows:
@@ -264,7 +264,7 @@ def test_the_rest_of_a_row_keeps_as_many_or_all(shape):
 
 def test_a_pattern_takes_none_that_an_earlier_mask_removed():
     among = torch.tensor([[True, False, False, False, True, True, True, True]])
-    chosen = Pattern(2, 4).choose(torch.rand(1, 8), among)
+    chosen = NOfM(2, 4).choose(torch.rand(1, 8), 4, among)
     assert chosen[0, :4].tolist() == [True, False, False, False]
     assert int(chosen.sum()) == 3
 

@@ -372,7 +372,7 @@ def test_other_bounds_count_while_it_bisects() -> None:
     assert run("latency<=1ms", world(ms=2.0), most=12)[0]
 
 
-@pytest.mark.parametrize("rule", ["criterion='wanda'", "pattern='2:4'"])
+@pytest.mark.parametrize("rule", ["criterion='wanda'", "criterion='obs', pattern='2:4'"])
 def test_a_schedule_of_what_is_gone_for_good_is_refused(rule: str) -> None:
     recipe = Recipe.parse(f"prune_weights({rule}) > schedule() > recover()")
     with pytest.raises(RecipeError, match=r"from site '0.weight' is gone for good .* leave"):

@@ -17,6 +17,7 @@ from torch import nn
 
 import taut
 from taut import report, report_data
+from taut.angles import RowAngles
 from taut.errors import RunError
 from taut.report import format_change, write_report
 from taut.report_data import LayerRow, LayersAt, ReportData, Row
@@ -108,9 +109,9 @@ def test_links_and_labels_lead_somewhere(page: str) -> None:
     pointed = re.findall(r'(?:href="#|aria-labelledby=")([^"]*)"', own)
     assert set(pointed) <= set(ids)
     plots = re.findall(r'<div class="plot[^>]*>', own)
-    assert len(plots) == 2 + 1 + 2 + 3  # candidates, parts, two sites, training
+    assert len(plots) == 2 + 1 + 2 + 1 + 3  # candidates, parts, two sites, angles, training
     assert all('role="img"' in p and "aria-label=" in p for p in plots)
-    assert own.count("<caption>") == own.count("<table>") == 4
+    assert own.count("<caption>") == own.count("<table>") == 5
     assert all("scope=" in th for th in re.findall(r"<th\b[^>]*>", own))
 
 
@@ -201,6 +202,25 @@ def test_without_packed_layers_the_section_is_left_out(data: ReportData) -> None
     assert "the two networks timed in turn</caption>" in page
 
 
+def test_each_weight_is_told_with_its_angle(data: ReportData) -> None:
+    one = RowAngles(
+        name=f"fc{HOSTILE}", rows=1200, dimensions=64, left_out=3, angle=41.24, angle_spread=2.06,
+        length=0.8312, length_spread=0.05, sign_angle=36.86,
+    )  # fmt: skip
+    gone = replace(one, name="gone", rows=3, angle=math.nan, length=math.nan)
+    page = report.render(replace(data, angles=(one, gone)))
+    own = without_script(page)
+    section = own[own.index('<section id="angles"') : own.index('<section id="training"')]
+    text = " ".join(re.sub(r"<[^>]*>", " ", section).split())
+    assert f"fc{html.escape(HOSTILE)} 1,200 rows of 64 weights, 3 without an angle" in text
+    assert "41.2° ± 2.1° 0.831 ± 0.050 36.9°" in text
+    assert "gone 3 rows of 64 weights, 3 without an angle none none 36.9°" in text
+    assert numbers(page)["angles"][1]["angle"] is None
+    bare = without_script(report.render(replace(data, angles=())))
+    assert 'id="angles"' not in bare
+    assert 'href="#angles"' not in bare
+
+
 def test_many_weights_fold_away(data: ReportData) -> None:
     many = tuple(replace(data.weights[0], name=f"layers.{i}.weight") for i in range(15))
     page = report.render(replace(data, weights=many))
@@ -289,7 +309,7 @@ def test_a_browser_draws_every_plot(
 ) -> None:
     drawn = opened(chromium, write_report(result, model, tmp_path / "report.html"))
     plots = re.findall(r'<div class="plot[^"]*js-plotly-plot"', drawn)
-    assert len(plots) == 2 + 1 + len(data.weights) + 3
+    assert len(plots) == 2 + 1 + len(data.weights) + 1 + 3
     assert drawn.count('class="main-svg"') >= len(plots)
     assert "values.index" in drawn
 

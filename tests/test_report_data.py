@@ -92,6 +92,22 @@ def test_centroids_are_the_tables_of_the_file(data: ReportData, result: taut.Res
             assert count == int((shared.dense().double() == value).sum())
 
 
+def test_angles_are_those_between_original_and_file(
+    data: ReportData, result: taut.Result, model: nn.Module
+) -> None:
+    assert [a.name for a in data.angles] == ["0.weight", "2.weight"]
+    for told in data.angles:
+        path, _, leaf = told.name.rpartition(".")
+        before = model.get_parameter(told.name).detach()
+        after = getattr(result.model.get_submodule(path), leaf).detach()
+        there = (after != 0).any(1)
+        cosines = nn.functional.cosine_similarity(before[there], after[there])
+        assert told.left_out == int((~there).sum())
+        assert told.angle == pytest.approx(float(cosines.acos().rad2deg().mean()), rel=1e-3)
+        lengths = after[there].norm(dim=1) / before[there].norm(dim=1)
+        assert told.length_spread == pytest.approx(float(lengths.std(correction=0)), rel=1e-3)
+
+
 def test_equal_centroids_share_their_count_but_do_not_double_it() -> None:
     shared = SharedValues(torch.tensor([0, 1, 1, 2]), Plain.of(torch.tensor([0.5, 0.5, -1.0])))
     site = report_data._site_weights("w", np.zeros(4), shared.dense().double().numpy(), shared)

@@ -159,6 +159,28 @@ RAW: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...], int]] = {
     "bmm": (lambda n, x: torch.bmm(x.transpose(0, 1), n.w), (3, 4, 5), X34, 60),
     "einsum": (lambda n, x: torch.einsum("btc,oc->bto", x, n.w), (5, 4), X34, 60),
     "einsum with dots": (lambda n, x: torch.einsum("...c,co", x, n.w), (4, 5), X34, 60),
+    "einsum of three, from left to right": (
+        lambda n, x: torch.einsum("bi,oij,bj->bo", x, n.w, x),
+        (6, 4, 4),
+        (2, 4),
+        96 + 24,
+    ),
+    "einsum of three with dots": (
+        lambda n, x: torch.einsum("...i,ij,kj", x, n.w, n.w),
+        (4, 5),
+        X34,
+        60 + 60,
+    ),
+    "einsum that sums first": (lambda n, x: torch.einsum("btc,oc->bo", x, n.w), (5, 4), X34, 20),
+    "inner": (lambda n, x: torch.inner(x, n.w), (5, 4), X34, 60),
+    "addmv": (lambda n, x: torch.addmv(x[0, :1], n.w, x[0]), (5, 4), (1, 4), 20),
+    "addbmm": (lambda n, x: torch.addbmm(x[0, :, :1], x, n.w), (2, 4, 5), X34, 60),
+    "multi_dot, in its best order": (
+        lambda n, x: torch.linalg.multi_dot([x, n.w, torch.ones(5, 2)]),
+        (4, 5),
+        (2, 4),
+        20 + 8,
+    ),
     "tensordot": (lambda n, x: torch.tensordot(x, n.w, 1), (4, 5), X34, 60),
     "conv2d": (lambda n, x: F.conv2d(x, weight=n.w), (5, 3, 2, 2), (2, 3, 4, 4), 5 * 9 * 12),
     "embedding": (lambda n, x: F.embedding(x.long(), n.w), (5, 4), (2, 3), 0),
@@ -185,6 +207,7 @@ def test_a_product_without_parameters_is_work_but_no_site() -> None:
     found = traced(Net(run), torch.randn(2, 3, 4))
     assert found.sites == ()
     assert found.macs == 36 + 36 + 36 + 12
+    assert traced(Net(lambda n, x: torch.dot(x[0], x[0])), torch.randn(1, 4)).macs == 4
 
 
 @pytest.mark.parametrize("use", [lambda n, x: x + n.w, lambda n, x: x * n.w, lambda n, x: x @ n.v])

@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from taut import edits
+from taut.angles import RowAngles, angles
 from taut.compress import Result, compress
 from taut.doctor import Diagnosis, diagnose, remedy
 from taut.errors import TaskError, TautError
@@ -135,6 +137,8 @@ def measure_command(
     found = {"original": measure(model, task, traced)}
     if taut_file is not None:
         packed = load(taut_file, clone(model))
+        if changes := edits.of(packed):
+            traced = trace(edits.replay(clone(model), changes), task.example())
         size = taut_file.stat().st_size
         found[taut_file.name] = measure(packed, task, traced, size_bytes=size)
     if as_json:
@@ -151,13 +155,30 @@ def inspect_command(
     by_sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="how the loss grows as each weight is pruned")
     ] = False,
+    by_angles: Annotated[
+        bool, typer.Option("--angles", help="how far each weight's rows have turned; needs --task")
+    ] = False,
+    task_file: Annotated[
+        Path | None, typer.Option("--task", help="with --angles: the task of the original network")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a .taut file holds: bytes by tensor and part, bits a weight, Huffman's bytes.
 
     With --sensitivity, what a task's network can lose: each weight alone is pruned by magnitude to
     rising sparsities. The table shows the loss; sensitivity.html in the current folder plots it.
+
+    With --angles, the degrees between the rows of each weight in the file and those of the original
+    network, and their lengths: mean and deviation, beside the angle of a random vector's signs.
     """
+    if by_angles or task_file is not None:
+        if by_sensitivity or not by_angles or task_file is None or file.suffix == ".py":
+            raise typer.BadParameter(
+                "--angles compares a .taut file with the original network of a task: "
+                "taut inspect net.taut --angles --task task.py"
+            )
+        _inspect_angles(file, task_file, as_json)
+        return
     if by_sensitivity != (file.suffix == ".py"):
         raise typer.BadParameter(
             f"--sensitivity takes a task's Python file, got {file}"
@@ -193,6 +214,15 @@ def _inspect_task(task_file: Path, as_json: bool) -> None:
     else:
         out.print(_sensitivities(found))
         out.print(f"plot  {plot}", highlight=False, soft_wrap=True)
+
+
+def _inspect_angles(file: Path, task_file: Path, as_json: bool) -> None:
+    _, model = _load(task_file)
+    found = angles(model, load(file, clone(model)))
+    if as_json:
+        _print_json([one.to_json() for one in found])
+    else:
+        out.print(_angles(found))
 
 
 @app.command("techniques")
@@ -362,6 +392,20 @@ def _sensitivities(found: Sensitivity) -> Table:
     for name, losses in found.losses.items():
         cells = (f"{losses[i]:.4g}" for i in shown)
         table.add_row(Text(name), f"{found.weights[name]:,}", *cells)
+    return table
+
+
+def _angles(found: tuple[RowAngles, ...]) -> Table:
+    table = Table(title="Rows of each weight beside the original's: mean ± deviation")
+    table.add_column("weight", overflow="fold")
+    for column in ("rows", "of", "degrees", "random signs", "length", "left out"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for a in found:
+        table.add_row(
+            Text(a.name), f"{a.rows:,}", f"{a.dimensions:,}",
+            f"{a.angle:.2f} ± {a.angle_spread:.2f}", f"{a.sign_angle:.2f}",
+            f"{a.length:.3f} ± {a.length_spread:.3f}", f"{a.left_out:,}",
+        )  # fmt: skip
     return table
 
 

@@ -38,6 +38,7 @@ _LEAST = 2.0**-20  # no bit is ever thought less likely than this
 _MOST_CUT = 7  # bytes of zeros that are left out at the end of a stream
 _GUESSES = 48  # classes of guesses at a bit, half an octave wide
 _MOST_LAG = 64
+_TRUSTS = (4.0, 64.0, 2.0**20)  # rows after which a column's own count weighs as much as N / M
 _MOST_LINES = 1 << 14
 
 
@@ -189,6 +190,64 @@ class Coder(ABC):
         huffman = huffman_bits(np.bincount(gaps)) if gaps.size else 0.0
         self._account(name, rows * columns, information, huffman)
         return lines
+
+    def n_of_m(
+        self, name: str, mask: Ints | None, rows: int, columns: int, keep: int, of: int
+    ) -> Ints:
+        """A [rows, columns] matrix with `keep` ones in every `of` neighbours of a row.
+
+        What a row ends with, where its length is no multiple, has as many, or ones only. A bit is
+        one by the share that its column's density has in those of its group that are still to
+        come, times the ones still to come; what follows from the count is not coded. How much the
+        densities count is chosen by trying: not at all gives log2(of choose keep) bits a group.
+        """
+        choice = None
+        if mask is not None:
+            trials = [Estimator() for _ in _TRUSTS]
+            for trial, trust in zip(trials, _TRUSTS, strict=True):
+                trial._grouped(name, mask, rows, columns, keep, of, trust)
+            choice = np.array([int(np.argmin([t.parts[name].bits for t in trials]))])
+        chosen = int(self._categorical(choice, np.ones(len(_TRUSTS)), 1)[0])
+        return self._grouped(name, mask, rows, columns, keep, of, _TRUSTS[chosen])
+
+    def _grouped(
+        self, name: str, mask: Ints | None, rows: int, columns: int, keep: int, of: int,
+        trust: float,
+    ) -> Ints:  # fmt: skip
+        """The bits, a few rows at a time, by the counts of all rows before them."""
+        groups, places = -(-columns // of), min(of, columns)
+        width = np.minimum(of, columns - of * np.arange(groups))  # places of each group
+        given, out = None, np.zeros((rows, groups, places), dtype=np.int64)
+        if mask is not None:
+            given = np.pad(mask, ((0, 0), (0, groups * places - columns))).reshape(out.shape)
+        in_column = np.zeros((groups, places), dtype=np.int64)
+        start, information = 0, 0.0
+        while start < rows:
+            stop = min(rows, start + max(1, start // 8))
+            density = (in_column + trust * (keep / of)) / (start + trust)
+            density *= np.arange(places) < width[:, None]
+            to_come = np.zeros((groups, places + 1))
+            for place in reversed(range(places)):
+                to_come[:, place] = to_come[:, place + 1] + density[:, place]
+            left = np.tile(np.minimum(keep, width), (stop - start, 1))
+            for place in range(places):
+                open_ = (left > 0) & (left < width - place)
+                bits = (left > 0).astype(np.int64)
+                if open_.any():
+                    share = left * density[:, place] / np.maximum(to_come[:, place], _LEAST)
+                    chance = np.clip(share, 2.0**-10, 1.0 - 2.0**-10)[open_]
+                    told = None if given is None else given[start:stop, :, place][open_]
+                    got = bits[open_] = self._bernoulli(told, chance)
+                    information -= float(np.log2(np.where(got, chance, 1.0 - chance)).sum())
+                out[start:stop, :, place] = bits
+                left -= bits
+            in_column += out[start:stop].sum(0)
+            start = stop
+        lines = out.reshape(rows, groups * places)[:, :columns]
+        gaps = np.diff(lines.ravel().nonzero()[0], prepend=-1)
+        huffman = huffman_bits(np.bincount(gaps)) if gaps.size else 0.0
+        self._account(name, rows * columns, information, huffman)
+        return np.ascontiguousarray(lines)
 
     def integers(self, name: str, values: Ints | None, count: int) -> Ints:
         """Any 64-bit signed integers: the length of each is learned, then each binary place.

@@ -10,7 +10,8 @@ Who catches TautError catches them all:
     ├── TrainingError    the loss is no longer a number
     ├── FormatError      a .taut file is damaged, hostile or of another model
     ├── DataError        a data set is not to be had, or is not the one expected
-    └── RunError         a run folder cannot be written or belongs to another run
+    ├── RunError         a run folder cannot be written or belongs to another run
+    └── ZooError         the zoo has no such network, or a network no such option or input
 """
 
 import difflib
@@ -53,12 +54,18 @@ class RunError(TautError):
     """A run folder cannot be written or belongs to another run."""
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest choice, else the list of choices.
+class ZooError(TautError, ValueError):
+    """The zoo has no such network, or a network no such option or input."""
+
+
+def did_you_mean(word: str, choices: Iterable[str], count: int = 1) -> str:
+    """`; did you mean 'x'?` for the nearest choices, `count` at most; else the list of choices.
 
     >>> did_you_mean("prune_weight", ["prune_weights", "share_values"])
     "; did you mean 'prune_weights'?"
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    near = difflib.get_close_matches(word, known, n=count)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    return f"; known: {', '.join(known)}"

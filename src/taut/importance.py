@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from taut.pattern import Pattern, largest
+from taut.pattern import NOfM, Pattern, largest
 from taut.products import Product
 from taut.second_order import disjoint, fisher_refit, fisher_scores, obs, obs_scores
 from taut.statistics import Statistics
@@ -100,16 +100,17 @@ def choose(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What stays of a site's weights by a criterion: the mask, and the weights to go on with.
 
-    allowed: bool, what an earlier mask left; kept: how many stay, unless a pattern says which may.
+    allowed: bool, what an earlier mask left; kept: how many stay, by a pattern at most.
     The second-order criteria, obs and fisher, adjust the weights that stay for those that go.
     """
     if criterion == "obs":
         squares = statistics.gradients(site).squares
         return obs(weights, statistics.products(site), squares, allowed, kept, pattern)
     scores = CRITERIA[criterion](weights, site, statistics)
-    if criterion == "wanda" and pattern is None:
-        scores = by_row(scores, statistics.products(site, diagonal=True))
-    mask = pattern.choose(scores, allowed) if pattern else largest(scores, kept, allowed)
+    if criterion == "wanda" and not isinstance(pattern, NOfM):
+        each = pattern.compared(scores) if pattern else scores
+        scores = by_row(each, statistics.products(site, diagonal=True))
+    mask = largest(scores, kept, allowed, pattern)
     if criterion == "fisher":
         return mask, fisher_refit(weights, statistics.fisher(site, FISHER_WIDTH), mask)
     return mask, weights

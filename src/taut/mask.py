@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from taut.packed import PackedWeight
-from taut.pattern import largest
+from taut.pattern import Pattern, largest
+from taut.pattern_weights import pattern_weight
 from taut.recoding import Form, Pack
 from taut.sparse_weight import SparseWeight
 
@@ -18,15 +19,17 @@ class Mask(Form):
 
     kept: how many entries are to be left once a schedule, if the mask follows one, is through.
     followed: whether it has begun to follow one; set it where the choice is to stand. What the
-    core holds under the mask stays as it was, so that a schedule can open the mask again.
+    core holds under the mask stays as it was, so that a schedule can open the mask again. pattern:
+    what stays or goes together, in the mask, as it is cut and in the file.
     """
 
     mask: Tensor
     kept: Tensor
     followed: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, pattern: Pattern | None = None) -> None:
         super().__init__()
+        self.pattern = pattern
         self.register_buffer("mask", mask)
         self.register_buffer("kept", mask.sum())
         self.register_buffer("followed", torch.tensor(False))
@@ -54,7 +57,7 @@ class Mask(Form):
 
     def choose(self, scores: Tensor, count: int, among: Tensor | None = None) -> Tensor:
         """The mask that a cut leaves, of all entries or of those in a mask."""
-        return largest(scores, count, among)
+        return largest(scores, count, among, self.pattern)
 
     def matters(self, core: Tensor, outer: Tensor | None) -> Tensor | None:
         return self.mask if outer is None else self.mask & outer
@@ -67,6 +70,12 @@ class Mask(Form):
         return bool(self.mask.sum() <= self.kept)
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
-        mask = self.mask if keep is None else self.mask[keep]
-        kept = self.mask if keep is None else self.mask & keep
-        return SparseWeight(mask, inner(kept))
+        if keep is not None:
+            return SparseWeight(self.mask[keep], inner(self.mask & keep))
+        values = inner(self.mask)
+        cover = None if self.pattern is None else self.pattern.cover(self.mask)
+        if self.pattern is None or cover is None:  # it is still on its way there
+            return SparseWeight(self.mask, values)
+        if not torch.equal(cover, self.mask):  # more has gone since, like units that nothing reads
+            values = SparseWeight(self.mask[cover], values)
+        return pattern_weight(self.pattern, cover, values)

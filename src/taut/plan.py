@@ -20,6 +20,7 @@ from taut.goal import Goal
 from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
+from taut.reshaping import Reshaping
 from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
 from taut.technique import Technique
@@ -45,12 +46,17 @@ class Forecast:
 def check(recipe: Recipe, trace: Trace) -> None:
     """Refuse a recipe whose steps match no site, or cannot follow one another on some site.
 
-    Shapes alone decide: nothing is fitted. Raises RecipeError too for a schedule that no recovery
-    follows.
+    Shapes alone decide: nothing is fitted, and what comes after a change of structure is not looked
+    at. Raises RecipeError too for a schedule that no recovery follows.
     """
-    _check_schedules(recipe, trace)
+    _check_order(recipe)
+    if not any(isinstance(s, Reshaping) for s in recipe.steps):  # it may rename the sites
+        _check_schedules(recipe, trace)
     cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
     for step in recipe.steps:
+        if isinstance(step, Reshaping):
+            step.sites(trace)
+            return
         for site in step.sites(trace) if isinstance(step, Technique) else ():
             stack = cores[site.name]
             if isinstance(step, Recoding):
@@ -60,34 +66,46 @@ def check(recipe: Recipe, trace: Trace) -> None:
                 stack.append((step.name, step.blank(stack[-1][1])[1]))
 
 
+def _check_order(recipe: Recipe) -> None:
+    recoded = ""
+    for step in recipe.steps:
+        if isinstance(step, Recoding):
+            recoded = step.name
+        elif isinstance(step, Reshaping) and recoded:
+            raise RecipeError(
+                f"{step.name} changes the structure of the network, which must come before "
+                f"{recoded}; put it first in the recipe"
+            )
+
+
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:
     waiting: dict[str, str] = {}  # site with a mask that may open → what has recoded it, if any
-    fixed: dict[str, PruneWeights] = {}
+    pruned: dict[str, PruneWeights] = {}
     unused: Schedule | None = None
     for index, step in enumerate(recipe.steps):
         trains = isinstance(step, Recover) and step.epochs > 0
+        schedules = [s for s in recipe.settings(index) if isinstance(s, Schedule)]
         if isinstance(step, Recoding):
             for site in step.sites(trace):
                 if isinstance(step, PruneWeights):
-                    waiting[site.name] = ""
-                    if not step.may_reopen:
-                        fixed[site.name] = step
+                    waiting[site.name], pruned[site.name] = "", step
                 elif waiting.get(site.name) == "":
                     waiting[site.name] = step.name
         elif isinstance(step, Schedule):
             _refuse_unused(unused)
             unused = step
-        elif trains and waiting and any(isinstance(s, Schedule) for s in recipe.settings(index)):
-            for name, step_before in fixed.items():
-                raise RecipeError(
-                    f"schedule: what {step_before} removed from site {name!r} is gone for good and "
-                    "cannot come back in steps; leave the schedule out, or prune by magnitude "
-                    "without a pattern"
-                )
+        elif trains and waiting and schedules:
+            for name, before in pruned.items():
+                if not before.may_reopen:
+                    raise RecipeError(
+                        f"schedule: what {before} removed from site {name!r} is gone for good and "
+                        "cannot come back in steps; leave the schedule out, or prune by magnitude"
+                    )
+                schedules[-1].check(before.pattern, name)
             for name, recoded in waiting.items():
                 if recoded:
                     raise RecipeError(recoded_too_early(name, recoded))
-            waiting, fixed, unused = {}, {}, None
+            waiting, pruned, unused = {}, {}, None
     _refuse_unused(unused)
 
 

@@ -56,13 +56,16 @@ function candidates(original, of, spread, bound, x) {
   return [traces, layout({shapes, xaxis: axis(x.title, x.axis), yaxis: scoreAxis()})];
 }
 
+function shortened(name, element) {
+  const most = element.clientWidth < 500 ? 16 : 40;
+  return name.length > most ? `…${name.slice(1 - most)}` : name;
+}
+
 // The file: a bar for each tensor, cut into its parts; the 24 largest where there are more.
 function parts(element) {
   const largest = [...data.tensors].sort((a, b) => b.after_bytes - a.after_bytes).slice(0, 24);
   const rows = data.tensors.filter((t) => largest.includes(t));
-  const most = element.clientWidth < 500 ? 16 : 40;
-  const short = (s) => s.length > most ? `…${s.slice(1 - most)}` : s;
-  const labels = [...rows.map((t) => short(t.names[0])), "header"];
+  const labels = [...rows.map((t) => shortened(t.names[0], element)), "header"];
   const places = labels.map((_, i) => i);
   const found = [...new Set(rows.flatMap((t) => t.parts.map((p) => p.name)))];
   const colour = (i) => `p${1 + i % 6}`;
@@ -118,6 +121,30 @@ function weights(w) {
   })];
 }
 
+// How far the rows of each weight have turned; the 24 largest weights where there are more.
+function turned(element) {
+  const size = (a) => a.rows * a.dimensions;
+  const largest = [...data.angles].sort((a, b) => size(b) - size(a)).slice(0, 24);
+  const rows = data.angles.filter((a) => largest.includes(a));
+  const places = rows.map((_, i) => i);
+  const means = {
+    type: "scatter", mode: "markers", y: places, x: rows.map((a) => a.angle),
+    error_x: {symmetric: false, array: rows.map((a) => a.angle_spread), arrayminus: rows.map((a) => Math.min(a.angle_spread, a.angle)), color: tone("after"), thickness: 1.5, width: 4},
+    marker: {size: 9, color: tone("after")}, customdata: rows.map((a) => [a.angle_spread, a.length]),
+    hovertemplate: "%{x:.2f}° ± %{customdata[0]:.2f}°, %{customdata[1]:.3f}× as long<extra></extra>",
+  };
+  const signs = {
+    type: "scatter", mode: "markers", y: places, x: rows.map((a) => a.sign_angle),
+    marker: {symbol: "line-ns", size: 20, line: {width: 2, color: tone("ink")}},
+    hovertemplate: "signs of a random vector: %{x:.2f}°<extra></extra>",
+  };
+  return [[signs, means], layout({
+    height: 56 + 30 * rows.length,
+    xaxis: axis("degrees", {rangemode: "tozero", ticksuffix: "°"}),
+    yaxis: axis("", {tickvals: places, ticktext: rows.map((a) => shortened(a.name, element)), range: [rows.length - .5, -.5], showgrid: false, nticks: 0, ticklen: 4, tickcolor: clear}),
+  })];
+}
+
 function curve(values, yaxis) {
   const x = data.epochs.map((_, i) => i + 1), soft = tone("soft");
   const marks = data.phases.map((p, i) => ({
@@ -142,7 +169,7 @@ const timeAxis = {title: "latency, ms", unit: "ms", axis: {rangemode: "tozero"}}
 const plots = {
   "size-score": () => candidates(data.before_bytes, (c) => c.size_bytes, null, "bytes", bytesAxis),
   "latency-score": () => candidates(timed ? timed.before : null, (c) => c.latency_ms, (c) => c.latency_iqr_ms, "latency", timeAxis),
-  parts,
+  parts, turned,
   loss: () => curve(data.epochs.map((e) => e.loss), axis("", {rangemode: "tozero"})),
   score: () => curve(data.epochs.map((e) => e.score === null ? null : percent * e.score), scoreAxis()),
   rate: () => curve(data.epochs.map((e) => e.learning_rate), axis("", {rangemode: "tozero", tickformat: "~g"})),

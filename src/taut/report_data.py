@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taut.angles import RowAngles, angles
 from taut.compress import Result
 from taut.errors import RunError
 from taut.goal import value_of
@@ -180,6 +181,7 @@ class ReportData:
     tensors: tuple[TensorRow, ...]
     layers: tuple[LayersAt, ...]
     weights: tuple[SiteWeights, ...]
+    angles: tuple[RowAngles, ...]
     epochs: tuple[EpochRecord, ...]
     phases: tuple[Phase, ...]
     recipe: str
@@ -232,6 +234,7 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
         tensors=tuple(_tensor(t, original_model) for t in summary.tensors),
         layers=_layers(reached.choices, type(original_model).__name__),
         weights=_weights(result.model, original_model, summary),
+        angles=angles(original_model, result.model),
         epochs=result.history, phases=_phases(result.history, recipe),
         recipe=str(recipe), command=_command(record, "goal" if result.goal else "recipe"),
         chooses_by=record["chooses_by"], versions=record["versions"],

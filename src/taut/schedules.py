@@ -14,6 +14,10 @@ stays at a cut is chosen by
     surgery     |w|, where absent ones train on unseen and come back at 1 + fraction times the
                 magnitude below which present ones go
 
+Under a pattern blocks go by the sum of these, and N:M comes down group by group, to as few of
+every M as the count allows, N in the end; there rigl is refused, as the least that it can swap is
+one weight of every group.
+
 Han et al.: Learning both Weights and Connections (NIPS 2015), iterative; Zhu, Gupta: To prune, or
 not to prune (2017), cubic; Sanh, Wolf, Rush: Movement Pruning (NeurIPS 2020); Evci et al.: Rigging
 the Lottery (ICML 2020), rigl; Guo, Yao, Chen: Dynamic Network Surgery (NIPS 2016); Frankle et al.:
@@ -90,6 +94,15 @@ class Schedule(Setting):
                 f"rewind_to={self.rewind_to} and begin={self.begin}; raise begin"
             )
 
+    def check(self, pattern: str, site: str) -> None:
+        """Raise RecipeError where a mask of this pattern, on this site, cannot follow."""
+        if self.by == "rigl" and ":" in pattern:
+            raise RecipeError(
+                f"schedule: by='rigl' swaps a share of the weights, got pattern={pattern!r} on "
+                f"site {site!r}, of which the least share is one weight of every group; choose "
+                "by='magnitude', 'movement' or 'surgery', or blocks"
+            )
+
     @property
     def _early(self) -> int:
         """1 where cuts come at the start of their share of the time."""
@@ -157,6 +170,8 @@ class Schedules:
         """Take on the masks that follow; whether any of them has just begun."""
         began = False
         for name, links, mask, core in _masks(self.model):
+            if self.schedule is not None:
+                self.schedule.check(str(mask.pattern or ""), name)
             innermost = links.forms[-1] is mask
             if not mask.followed:
                 if not innermost:
@@ -206,6 +221,7 @@ class Schedules:
         elif schedule.by == "rigl" and gathered is not None:
             moved = min(round(replaced * kept), core.numel() - kept)
             stay = mask.choose(size, kept - moved, before)
+            moved = kept - int(stay.sum())  # blocks are whole
             mask.mask.copy_(stay | mask.choose(gathered.abs(), moved, ~stay))
             core[mask.mask & ~before] = 0.0
         else:

@@ -14,9 +14,10 @@ Where we differ:
   squared inputs, as if the two were independent (Martens, Grosse: K-FAC, ICML 2015). It makes rows
   and layers comparable and leaves the solution for each row alone.
 - SparseGPT goes once through the columns and adjusts only those to come. Here rows are solved for
-  exactly, in stages that halve what is left, or lead to a pattern in two. Each takes the smallest
+  exactly, in stages that halve what is left, or lead to N:M in two. Each takes the smallest
   ½ · w'[i]² · H[i, i], the damage before the others are adjusted: the formula above counts on
-  neighbours that go at the same stage, and measures worse the more of them do.
+  neighbours that go at the same stage, and measures worse the more of them do. Blocks go by the
+  sum of these.
 
 Rounding: the columns go one by one, those of the largest H[i, i] first. Each is rounded, and its
 error is made good in the columns that follow,
@@ -43,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taut.pattern import Pattern, largest
+from taut.pattern import NOfM, Pattern, largest
 from taut.products import Product
 
 DAMPING = 0.01
@@ -141,20 +142,17 @@ def obs(
     """The mask of what stays, and the weights with what stays adjusted: both of their shape.
 
     squares: the mean of the squared gradients of single examples, of the weights' shape. allowed:
-    bool, what an earlier mask left, of which `kept` stay, or those of a pattern.
+    bool, what an earlier mask left, of which `kept` stay, or as many as a pattern lets.
     """
     parts = _parts(products, squares)
     before = weights.double().flatten()
     now, mask = before.clone(), allowed
-    for stage in _stages(int(allowed.sum()), kept, pattern):
+    for stage in _stages(allowed, kept, pattern):
         scores = torch.zeros_like(now)
         for part in parts:
             curvature = part.hessian.diagonal() if part.correlated else part.hessian
             scores[part.index] = part.rows * now[part.index].square() * curvature
-        scores = scores.reshape(weights.shape)
-        mask = (
-            largest(scores, stage, mask) if isinstance(stage, int) else stage.choose(scores, mask)
-        )
+        mask = largest(scores.reshape(weights.shape), stage, mask, pattern)
         now = before * mask.flatten()
         for part in parts:
             if part.correlated:
@@ -243,10 +241,11 @@ def _parts(products: Sequence[Product], squares: Tensor) -> list[_Part]:
     return [replace(p, rows=p.rows + least) for p in parts]
 
 
-def _stages(count: int, kept: int, pattern: Pattern | None) -> list[int] | list[Pattern]:
-    """What stays after each stage."""
-    if pattern:
-        return [Pattern((pattern.keep + pattern.of) // 2, pattern.of), pattern]
+def _stages(allowed: Tensor, kept: int, pattern: Pattern | None) -> list[int]:
+    """How many stay after each stage."""
+    if isinstance(pattern, NOfM):
+        return [pattern.kept(allowed.shape, (pattern.keep + pattern.of) // 2), kept]
+    count = int(allowed.sum())
     halves = range(1, max(1, count // max(kept, 1)).bit_length())
     return [*(count >> k for k in halves if count >> k > kept), kept]
 

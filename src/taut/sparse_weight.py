@@ -89,18 +89,22 @@ class SparseWeight(PackedWeight):
 
 
 def sparse_bytes(
-    count: int, kept: int, inner: Callable[[int], float] | None = None, *, by_size: bool = True
-) -> float:
+    count: int, kept: int, inner: Callable[[int], float] | None = None, *, among: float = 0.0,
+    position_bits: float | None = None,
+) -> float:  # fmt: skip
     """Predicted bytes of the file for `count` weights of which so many are kept.
 
-    inner: gives the bytes of so many values; by default they are float16. by_size: whether the
-    largest magnitudes were kept. The low byte of a value is noise. The high one holds sign,
+    inner: gives the bytes of so many values; by default they are float16. among: they
+    lie among this share of the largest magnitudes or a larger one; 0 where the very largest were
+    kept, 1 where size did not matter. The low byte of a value is noise. The high one holds sign,
     exponent and two digits: the fewer are kept by size, the closer together magnitudes lie.
+    position_bits: what tells which are kept, where a pattern narrows that down.
     """
     p = kept / count
     entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if p < 1 else 0.0
-    spread = p if by_size else max(p, 0.6)
+    positions = count * entropy if position_bits is None else position_bits
+    spread = max(p, among)
     octaves = -math.log2(1 - spread) if spread < 1 else math.inf
     high_bits = 1.3 + min(4.0, math.log2(1 + 4 * octaves))
     values = kept * (1 + high_bits / 8) if inner is None else inner(kept)
-    return count * entropy / 8 + values
+    return positions / 8 + values

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
+from taut.pattern import Pattern
 from taut.products import Product, products
 from taut.trace import Trace
 from taut.types import Site
@@ -91,13 +92,19 @@ class Statistics:
         """The loss of any network on the calibration data. Raises TaskError without data."""
         return self._needed("a search for what to keep")(model)
 
-    def sensitivity(self, site: Site) -> Curve:
-        """The loss as this site alone is pruned by magnitude, without recovery."""
-        if site.name not in self._curves:
-            self._curves[site.name] = self._scan(site)
-        return self._curves[site.name]
+    def sensitivity(self, site: Site, pattern: Pattern | None = None) -> Curve:
+        """The loss as this site alone is pruned by magnitude, without recovery.
 
-    def least_damage(self, sites: tuple[Site, ...], sparsity: float) -> dict[str, float]:
+        pattern: blocks, which then go as one; by default single weights.
+        """
+        key = f"{site.name} in {pattern}" if pattern else site.name
+        if key not in self._curves:
+            self._curves[key] = self._scan(site, pattern)
+        return self._curves[key]
+
+    def least_damage(
+        self, sites: tuple[Site, ...], sparsity: float, pattern: Pattern | None = None
+    ) -> dict[str, float]:
         """Sparsities that remove `sparsity` of all the weights at the least summed damage.
 
         The weights go in the order of what they cost, so that at the end one more weight would
@@ -106,7 +113,7 @@ class Statistics:
         steps = sorted(
             (slope, i, weights)
             for i, site in enumerate(sites)
-            for slope, weights in self.sensitivity(site).slopes(site.numel)
+            for slope, weights in self.sensitivity(site, pattern).slopes(site.numel)
         )
         total = sum(s.numel for s in sites)
         left = sparsity * total
@@ -298,12 +305,13 @@ class Statistics:
         return self._loss
 
     @torch.no_grad()
-    def _scan(self, site: Site) -> Curve:
+    def _scan(self, site: Site, pattern: Pattern | None) -> Curve:
         loss_of = self._needed("a sensitivity scan")
         probe = plain_copy(self._model)
         weight = tensor_at(probe, site.name)
         flat = weight.flatten()  # a copy where the weight is not contiguous
-        order = flat.abs().argsort()
+        scores = pattern.compared(weight.square()).flatten() if pattern else flat.abs()
+        order = scores.argsort(stable=pattern is not None)
         baseline, losses = loss_of(probe), []
         if not math.isfinite(baseline):
             raise TaskError(f"the network's loss on the training data is {baseline}, not a number")

@@ -124,10 +124,14 @@ _FACTORS: dict[str, tuple[Kind, tuple[int, ...]]] = {
     "linear": ("linear", (1,)),
     "bilinear": ("linear", (2,)),
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "tensordot"), ("linear", (1, 0))),
-    **dict.fromkeys(("addmm", "baddbmm"), ("linear", (2, 1))),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ("linear", (2, 1))),
+    "inner": ("linear", (1, 0)),
+    "addmv": ("linear", (1,)),
     **{f"conv{way}{n}d": ("conv", (1,)) for way in ("", "_transpose") for n in (1, 2, 3)},
 }
 """Operations with a weight: the kind of its site, and at which argument it may stand."""
+_OF_SEVERAL = {"einsum": 1, "linalg_multi_dot": 0, "chain_matmul": 0}
+"""Products of a list of tensors, and the argument that it is."""
 _RECURRENT: dict[str, Kind] = {
     "lstm": "lstm", "gru": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn", "lstm_cell": "lstm",
     "gru_cell": "gru", "rnn_tanh_cell": "rnn", "rnn_relu_cell": "rnn",
@@ -236,8 +240,8 @@ class _Reader:
         """The parameters, or parts of them, that an operation multiplies by."""
         kind, places = _FACTORS.get(op, ("linear", ()))
         factors = [node.args[i] for i in places]
-        if op == "einsum":
-            factors = list(cast("list[Any]", node.args[1]))[::-1]
+        if op in _OF_SEVERAL:
+            factors = list(cast("list[Any]", node.args[_OF_SEVERAL[op]]))[::-1]
         found = [cast(fx.Node, f) for f in factors if f in self.parameter]
         return kind, [f for f in found if _dims(f) >= 2]
 
@@ -351,10 +355,14 @@ def _op(node: fx.Node) -> str:
 def _macs(node: fx.Node, op: str) -> int:
     """Multiply-accumulates of one operation, for the whole batch."""
     a: Any = node.args
-    if op == "linear" or op in {"mm", "bmm", "matmul", "mv"}:
+    if op in {"linear", "mm", "bmm", "matmul", "mv", "inner", "dot", "vdot"}:
         return _numel(node) * _shape(a[0])[-1]
-    if op in {"addmm", "baddbmm"}:
+    if op in {"addmm", "baddbmm", "addmv"}:
         return _numel(node) * _shape(a[1])[-1]
+    if op == "addbmm":
+        return math.prod(_shape(a[1])) * _shape(a[2])[-1]
+    if op in {"linalg_multi_dot", "chain_matmul"}:
+        return _chained([_shape(o) for o in a[0]])
     if op == "bilinear":
         return _numel(node) * math.prod(_shape(a[2])[1:])
     if op.startswith("conv_transpose"):
@@ -363,25 +371,53 @@ def _macs(node: fx.Node, op: str) -> int:
         return _numel(node) * math.prod(_shape(a[1])[1:])
     if op == "tensordot":
         return _numel(node) * math.prod(int(_shape(a[0])[d]) for d in a[2])
-    if op == "einsum" and len(a[1]) > 1:
-        return _numel(node) * _contracted(a[0], [_shape(o) for o in a[1]])
+    if op == "einsum":
+        return _summed(a[0], [_shape(o) for o in a[1]])
     if op == "scaled_dot_product_attention":
         query, key, value = _shape(a[0]), _shape(a[1]), _shape(a[2])
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     return 0
 
 
-def _contracted(equation: str, shapes: list[tuple[int, ...]]) -> int:
-    """The product of the sizes that an einsum sums over."""
-    terms, arrow, output = equation.replace(" ", "").partition("->")
+def _chained(shapes: list[tuple[int, ...]]) -> int:
+    """The least MACs of a product of matrices, which may begin and end with a vector."""
+    sizes = [shapes[0][0] if len(shapes[0]) == 2 else 1, *(s[-1] for s in shapes[:-1])]
+    sizes.append(shapes[-1][1] if len(shapes[-1]) == 2 else 1)
+    least: dict[tuple[int, int], int] = {(i, i): 0 for i in range(len(shapes))}
+    for span in range(1, len(shapes)):
+        for i in range(len(shapes) - span):
+            j = i + span
+            least[i, j] = min(
+                least[i, k] + least[k + 1, j] + sizes[i] * sizes[k + 1] * sizes[j + 1]
+                for k in range(i, j)
+            )
+    return least[0, len(shapes) - 1]
+
+
+def _summed(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """MACs of an einsum, whose operands are multiplied from left to right.
+
+    What only one of a pair has, and nothing after it, is summed before they are multiplied.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
-    for term, shape in zip(terms.split(","), shapes, strict=True):
-        before, _, after = term.partition("...")
-        sizes.update(zip(before, shape, strict=False))
-        sizes.update(zip(after, shape[len(shape) - len(after) :], strict=True))
+    terms: list[set[str]] = []
+    for term, shape in zip(inputs.split(","), shapes, strict=True):
+        before, dots, after = term.partition("...")
+        more = range(len(shape) - len(before) - len(after), 0, -1)  # what the dots stand for
+        labels = [*before, *(f"{dots}{i}" for i in more), *after]
+        for label, size in zip(labels, shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
+        terms.append(set(labels))
     if not arrow:
-        output = "".join(c for c in sizes if terms.count(c) == 1)
-    return math.prod(n for label, n in sizes.items() if label not in output)
+        output = "".join(c for c in inputs if inputs.count(c) == 1) + "..."
+    kept = set(output) | {c for c in sizes if c.startswith("...") and "..." in output}
+    macs, left = 0, terms[0]
+    for i, right in enumerate(terms[1:], 2):
+        needed = kept.union(*terms[i:])
+        macs += math.prod(sizes[c] for c in left & right | (left ^ right) & needed)
+        left = (left | right) & needed
+    return macs
 
 
 def _shape(node: Any) -> tuple[int, ...]:

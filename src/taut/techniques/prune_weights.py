@@ -5,7 +5,9 @@
 The score is the criterion's (importance.py): magnitude, or what gradients or inputs on the training
 data tell. How many each site keeps follows from a fraction (of each layer, of all layers together,
 or shared out by sensitivity), from one threshold, from Han's rule, threshold = quality · std(W), or
-from a pattern like 2:4 (two of every four weights in a row stay).
+from a pattern like 2:4 (two of every four weights in a row stay). Blocks like 16x1 (sixteen outputs
+of one input) take a fraction and go as one, by the sum of their scores. What a pattern leaves is
+written and run as such (pattern_weights.py).
 
 Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks
 (NIPS 2015). Where we differ: the sensitivity rule finds the layers' strengths by itself, as those
@@ -31,7 +33,7 @@ from taut.importance import CRITERIA, choose
 from taut.keep_search import SEARCHES, Problem
 from taut.mask import Mask
 from taut.modules import tensor_at
-from taut.pattern import Pattern, largest
+from taut.pattern import NOfM, Pattern, largest
 from taut.recoding import Form, Recoding, chain
 from taut.sparse_weight import sparse_bytes
 from taut.statistics import Statistics
@@ -53,6 +55,11 @@ class PruneWeights(Recoding):
     All criteria but magnitude and random need a task with data. obs and fisher adjust the weights
     that stay for those that go. wanda keeps the same share of every output row. What any criterion
     but magnitude removes is gone for good: its weight is zero under the mask.
+
+    pattern: N:M decides by itself how many stay, whatever sparsity and scope say. Of blocks stays
+    what these leave, rounded down to whole ones; where a layer's outputs are no multiple of a
+    block, the last one is shorter. A layer smaller than one group or block is refused: leave it out
+    by `only`.
     """
 
     sparsity: float = option(0.9, low=0, below=1, help="fraction of the weights removed")
@@ -69,7 +76,10 @@ class PruneWeights(Recoding):
         "of each layer's inputs (obs), blocks of the Fisher matrix (fisher), |w| · norm of the "
         "inputs (wanda), or random",
     )  # fmt: skip
-    pattern: str = option("", help="instead: N of every M weights in a row stay, like 2:4")
+    pattern: str = option(
+        "", help="2:4: N of every M weights in a row stay, instead of a fraction; 4x1 or 16x1: "
+        "blocks of outputs of one input stay or go as one",
+    )  # fmt: skip
     threshold: float | None = option(None, low=0, help="instead: remove |w| below this")
     quality: float | None = option(None, low=0, help="instead: remove |w| < quality · std(W)")
     floor: float = option(0.002, low=0, high=1, help="fraction that every site keeps at least")
@@ -84,9 +94,7 @@ class PruneWeights(Recoding):
                 f"prune_weights: {names} are two rules for one thing, got {' and '.join(rules)}; "
                 "give one"
             )
-        if self.pattern:
-            Pattern.parse(self.pattern)
-        elif rules and self.criterion != "magnitude":
+        if self._cut is None and rules and self.criterion != "magnitude":
             raise RecipeError(
                 "prune_weights: threshold and quality are rules for magnitudes, got "
                 f"{rules[0]} and criterion={self.criterion!r}; give a sparsity"
@@ -95,39 +103,49 @@ class PruneWeights(Recoding):
     @property
     def may_reopen(self) -> bool:
         """Whether a schedule can open the mask again and close it in steps, by magnitude."""
-        return self.criterion == "magnitude" and not self.pattern
+        return self.criterion == "magnitude"
+
+    @property
+    def _cut(self) -> Pattern | None:
+        """The pattern, read; None where weights stay or go one by one."""
+        return Pattern.parse(self.pattern) if self.pattern else None
 
     @property
     def _by_layer(self) -> bool:
         """Whether what a site keeps follows from the site alone."""
         rules = (self.threshold, self.quality)
-        return bool(self.pattern) or self.scope == "layer" or rules != (None, None)
+        return isinstance(self._cut, NOfM) or self.scope == "layer" or rules != (None, None)
+
+    def _scores(self, weights: Tensor, site: Site, statistics: Statistics) -> Tensor:
+        """What ranks the weights of all sites together."""
+        scores = CRITERIA[self.criterion](weights, site, statistics)
+        return self._cut.compared(scores) if self._cut else scores
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
+        for site in sites:
+            self._fits(site)
         weights = {s.name: tensor_at(model, s.name).detach().cpu() for s in sites}
         if self._by_layer:
             sparsity = {n: 1 - self._kept(w) / w.numel() for n, w in weights.items()}
         elif self.scope == "sensitivity":
-            sparsity = statistics.least_damage(sites, self.sparsity)
-            for name, part in sparsity.items():
+            sparsity = statistics.least_damage(sites, self.sparsity, self._cut)
+            for name, part in sparsity.items() if not self._cut else ():
                 held = weights[name]
                 cut = held.abs().flatten().kthvalue(max(1, round(part * held.numel()))).values
                 quality = float(cut / held.std(correction=0))
                 _log.info("prune_weights: %s: sparsity %.3f, quality %.2f", name, part, quality)
         elif self.scope in SEARCHES:
-            score = CRITERIA[self.criterion]
             problem = Problem.of(
                 model, sites, statistics.loss, kept=1 - self.sparsity, cost="parameters",
                 unit="weight",
-                scores={s.name: score(weights[s.name], s, statistics) for s in sites},
+                scores={s.name: self._scores(weights[s.name], s, statistics) for s in sites},
             )  # fmt: skip
             kept = SEARCHES[self.scope].search(problem).kept
             sparsity = {n: 1 - share for n, share in kept.items()}
         else:
-            score = CRITERIA[self.criterion]
-            scores = {s.name: score(weights[s.name], s, statistics).flatten() for s in sites}
+            scores = {s.name: self._scores(weights[s.name], s, statistics).flatten() for s in sites}
             if self.scope == "lamp":
                 scores = {n: _lamp(s) for n, s in scores.items()}
             every = torch.cat(list(scores.values()))
@@ -145,8 +163,8 @@ class PruneWeights(Recoding):
 
     def _kept(self, weights: Tensor) -> int:
         """How many weights this site keeps, by the rule in force."""
-        if self.pattern:
-            return Pattern.parse(self.pattern).kept(weights.shape)
+        if isinstance(self._cut, NOfM):
+            return self._cut.kept(weights.shape)
         if self.threshold is not None:
             kept = int((weights.abs() >= self.threshold).sum())
         elif self.quality is not None:
@@ -165,10 +183,23 @@ class PruneWeights(Recoding):
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
         kept = max(1, round((1 - self.sparsity) * count))
-        if self.pattern:
-            kept = Pattern.parse(self.pattern).kept(site.shape)
-        by_size = self.criterion == "magnitude" and not self.pattern
-        return sparse_bytes(count, kept, inner, by_size=by_size)
+        if isinstance(self._cut, NOfM):
+            kept = self._cut.kept(site.shape)
+        if self._cut is None:
+            among = 0.0 if self.criterion == "magnitude" else 0.6
+            return sparse_bytes(count, kept, inner, among=among)
+        bits = self._cut.position_bits(site.shape, kept)
+        among = 0.6 if isinstance(self._cut, NOfM) else 1.0
+        return sparse_bytes(count, kept, inner, among=among, position_bits=bits)
+
+    def _fits(self, site: Site) -> None:
+        """Raise RecipeError where a site is too small for the pattern."""
+        lacks = self._cut.misfit(site.shape) if self._cut else ""
+        if lacks:
+            raise RecipeError(
+                f"prune_weights: pattern={self.pattern!r} needs {lacks} for site {site.name!r}; "
+                f"choose smaller groups, or leave the site out by only='!{site.name}'"
+            )
 
     def accepts(self, site: Site, shape: tuple[int, ...]) -> None:
         if shape != site.shape:
@@ -176,9 +207,10 @@ class PruneWeights(Recoding):
                 f"prune_weights: site {site.name!r} is written in {math.prod(shape)} numbers "
                 "already, not one for each weight; put prune_weights first in the recipe"
             )
+        self._fits(site)
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
-        return Mask(torch.ones_like(core, dtype=torch.bool)), core
+        return Mask(torch.ones_like(core, dtype=torch.bool), self._cut), core
 
     def fit(
         self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
@@ -188,9 +220,9 @@ class PruneWeights(Recoding):
         held = core if matters is None else core * matters
         mask, new = choose(
             self.criterion, held, held != 0, site, statistics or Statistics(nn.Identity()),
-            self._kept(held), Pattern.parse(self.pattern) if self.pattern else None,
+            self._kept(held), self._cut,
         )  # fmt: skip
-        form = Mask(mask)
+        form = Mask(mask, self._cut)
         form.followed.fill_(not self.may_reopen)
         return form, core if self.criterion == "magnitude" else new * mask
 

@@ -1,6 +1,6 @@
-"""Two small language models: tokens in, scores of each next token out.
+"""Three small language models: tokens in, scores of each next token out.
 
-Both take [n, steps] int64 and give [n, vocabulary, steps]: the classes stand in dimension 1, where
+They take [n, steps] int64 and give [n, vocabulary, steps]: the classes stand in dimension 1, where
 cross-entropy, the default loss of a Task, wants them for targets [n, steps].
 """
 
@@ -9,6 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from taut.errors import ZooError
+from taut.zoo.registry import Rule, architecture
 
 
 class LstmLanguageModel(nn.Module):
@@ -36,6 +39,30 @@ class LstmLanguageModel(nn.Module):
         return cast(Tensor, self.head(self.drop(states))).transpose(1, 2)
 
 
+class GruLanguageModel(nn.Module):
+    """An embedding, a GRU, and a layer over its states (Cho et al. 2014).
+
+    [n, steps] → [n, vocabulary, steps]. Parameters: vocabulary · (embedding + hidden + 1), and
+    3 · hidden · (inputs + hidden + 2) for each layer of the GRU.
+    """
+
+    def __init__(
+        self, vocabulary: int, embedding: int = 64, hidden: int = 256, layers: int = 1,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.gru = nn.GRU(
+            embedding, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0
+        )
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.gru(self.drop(self.embedding(tokens)))
+        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2)
+
+
 class TransformerLanguageModel(nn.Module):
     """A causal transformer: pre-norm blocks, GELU, learned positions (Radford et al. 2019).
 
@@ -52,7 +79,10 @@ class TransformerLanguageModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads must divide the width, got width={width} and heads={heads}")
+            raise ZooError(
+                f"transformer_language_model: heads must divide the width, got width={width} and "
+                f"heads={heads}; round the width to a multiple"
+            )
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.zeros(context, width))
         self.drop = nn.Dropout(dropout)
@@ -67,7 +97,10 @@ class TransformerLanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         steps, context = tokens.shape[1], self.positions.shape[0]
         if steps > context:
-            raise ValueError(f"tokens must have at most {context} steps, got {steps}")
+            raise ZooError(
+                f"transformer_language_model: tokens must have at most {context} steps, got "
+                f"{steps}; build it with a longer context"
+            )
         x = self.drop(self.embedding(tokens) + self.positions[:steps])
         return cast(Tensor, self.head(self.norm(self.blocks(x)))).transpose(1, 2)
 
@@ -92,3 +125,55 @@ class _Block(nn.Module):
         x = x + self.drop(y)
         y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + cast(Tensor, self.drop(y))
+
+
+_POSITIVE = Rule(low=1, remedy="it is a count")
+_TOKENS = {
+    "vocabulary": Rule(low=2, remedy="it is the number of different tokens, 256 for bytes"),
+    "embedding": _POSITIVE, "hidden": _POSITIVE,
+}  # fmt: skip
+
+
+@architecture(**_TOKENS)
+def lstm_language_model(
+    *, vocabulary: int = 256, embedding: int = 64, hidden: int = 256, layers: int = 1,
+    dropout: float = 0.0,
+) -> LstmLanguageModel:  # fmt: skip
+    """An embedding, an LSTM and a layer over its states.
+
+    [n, steps] → [n, vocabulary, steps]. 411,904 parameters; 393,216 MACs at 1 step. Zaremba,
+    Sutskever, Vinyals: Recurrent neural network regularization (2014).
+    """
+    return LstmLanguageModel(vocabulary, embedding, hidden, layers, dropout)
+
+
+@architecture(**_TOKENS)
+def gru_language_model(
+    *, vocabulary: int = 256, embedding: int = 64, hidden: int = 256, layers: int = 1,
+    dropout: float = 0.0,
+) -> GruLanguageModel:  # fmt: skip
+    """An embedding, a GRU and a layer over its states.
+
+    [n, steps] → [n, vocabulary, steps]. 329,472 parameters; 311,296 MACs at 1 step. Cho et al.:
+    Learning phrase representations using RNN encoder-decoder for statistical machine translation
+    (EMNLP 2014).
+    """
+    return GruLanguageModel(vocabulary, embedding, hidden, layers, dropout)
+
+
+@architecture(
+    **_TOKENS, width=_POSITIVE, context=_POSITIVE,
+    heads=Rule(low=1, remedy="they must divide the width"),
+    tied=Rule(choices=(False, True), remedy="True shares the embedding's weight with the head"),
+)  # fmt: skip
+def transformer_language_model(
+    *, vocabulary: int = 256, width: int = 128, heads: int = 4, layers: int = 2,
+    context: int = 128, dropout: float = 0.0, tied: bool = False,
+) -> TransformerLanguageModel:  # fmt: skip
+    """A causal transformer: pre-norm blocks, GELU, learned positions.
+
+    [n, steps] → [n, vocabulary, steps], steps ≤ context. 478,976 parameters; 426,496 MACs at 1
+    step. Radford et al.: Language models are unsupervised multitask learners (2019); tied: Press,
+    Wolf: Using the output embedding to improve language models (EACL 2017).
+    """
+    return TransformerLanguageModel(vocabulary, width, heads, layers, context, dropout, tied)

@@ -1,11 +1,15 @@
-"""The residual networks of CIFAR, for small images of any size.
+"""Residual networks: those of CIFAR for small images of any size, and those of ImageNet.
 
-He, Zhang, Ren, Sun: Deep residual learning for image recognition (CVPR 2016), section 4.2.
+He, Zhang, Ren, Sun: Deep residual learning for image recognition (CVPR 2016).
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from taut.zoo.blocks import Classifier, Residual, conv, head
+from taut.zoo.blocks import stem as first_layers
+from taut.zoo.registry import architecture
 
 
 class ResNet(nn.Module):
@@ -13,8 +17,7 @@ class ResNet(nn.Module):
 
     [n, in_channels, height, width] → [n, classes]. depth: 6n + 2. stride: of the first
     convolution; 2 makes the work a quarter. Shortcuts are the paper's option A, which has no
-    parameters. 269,722, 853,018 and 1,727,962 parameters at depth 20, 56 and 110 for three
-    channels and ten classes. Raises ValueError for another depth.
+    parameters. Raises ValueError for another depth. Section 4.2 of the paper.
     """
 
     def __init__(
@@ -57,3 +60,81 @@ class _Block(nn.Module):
         if self.grows:
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.grows // 2, self.grows // 2))
         return torch.relu(x + y)
+
+
+@architecture()
+def resnet_20(*, classes: int = 10, in_channels: int = 3, stride: int = 1) -> ResNet:
+    """ResNet-20 of CIFAR: three stages of three blocks with 16, 32 and 64 channels.
+
+    [n, in_channels, height, width] → [n, classes]. 269,722 parameters; 40.55M MACs at 32 × 32.
+    stride: of the first convolution. He et al. 2016, section 4.2, with shortcuts of option A.
+    """
+    return ResNet(20, in_channels, classes, stride)
+
+
+@architecture()
+def resnet_56(*, classes: int = 10, in_channels: int = 3, stride: int = 1) -> ResNet:
+    """ResNet-56 of CIFAR: three stages of nine blocks with 16, 32 and 64 channels.
+
+    [n, in_channels, height, width] → [n, classes]. 853,018 parameters; 125.5M MACs at 32 × 32.
+    stride: of the first convolution. He et al. 2016, section 4.2, with shortcuts of option A.
+    """
+    return ResNet(56, in_channels, classes, stride)
+
+
+@architecture()
+def resnet_110(*, classes: int = 10, in_channels: int = 3, stride: int = 1) -> ResNet:
+    """ResNet-110 of CIFAR: three stages of eighteen blocks with 16, 32 and 64 channels.
+
+    [n, in_channels, height, width] → [n, classes]. 1,727,962 parameters; 252.9M MACs at 32 × 32.
+    stride: of the first convolution. He et al. 2016, section 4.2, with shortcuts of option A.
+    """
+    return ResNet(110, in_channels, classes, stride)
+
+
+@architecture()
+def resnet_18(*, classes: int = 1000, in_channels: int = 3, stem: str = "paper") -> nn.Module:
+    """ResNet-18: four stages of two blocks, each of two 3 × 3 convolutions.
+
+    [n, in_channels, height, width] → [n, classes]. 11,689,512 parameters; 1.814G MACs at 224 × 224.
+    stem: 'small' begins with a 3 × 3 convolution that leaves all pixels. He et al. 2016.
+    """
+    return _imagenet("resnet_18", (2, 2, 2, 2), 1, classes, in_channels, stem)
+
+
+@architecture()
+def resnet_50(*, classes: int = 1000, in_channels: int = 3, stem: str = "paper") -> nn.Module:
+    """ResNet-50: four stages of 3, 4, 6 and 3 blocks, 1 × 1 to a quarter, 3 × 3, 1 × 1 back.
+
+    [n, in_channels, height, width] → [n, classes]. 25,557,032 parameters; 4.089G MACs at 224 × 224.
+    stem: 'small' begins with a 3 × 3 convolution that leaves all pixels. He et al. 2016; the 3 × 3
+    of a block shrinks the image, not the 1 × 1 before it, as is usual since.
+    """
+    return _imagenet("resnet_50", (3, 4, 6, 3), 4, classes, in_channels, stem)
+
+
+def _imagenet(
+    name: str, counts: tuple[int, ...], expansion: int, classes: int, in_channels: int, stem: str
+) -> nn.Module:
+    """expansion: 4 for blocks with a bottleneck, whose outputs are four times as wide."""
+    layers: list[nn.Module] = [first_layers(stem, in_channels, 64, 7)]
+    channels = 64
+    for stage, count in enumerate(counts):
+        inner = 64 * 2**stage
+        for i in range(count):
+            stride = 2 if stage and not i else 1
+            layers.append(_residual(channels, inner, inner * expansion, stride))
+            channels = inner * expansion
+    return Classifier(name, nn.Sequential(*layers), head(channels, classes))
+
+
+def _residual(channels: int, inner: int, outputs: int, stride: int) -> Residual:
+    """A block whose shortcut is a 1 × 1 convolution where the shape changes (option B)."""
+    if inner == outputs:
+        body = nn.Sequential(conv(channels, inner, 3, stride), conv(inner, outputs, 3, relu=False))
+    else:
+        body = nn.Sequential(
+            conv(channels, inner), conv(inner, inner, 3, stride), conv(inner, outputs, relu=False)
+        )
+    same = channels == outputs and stride == 1
+    return Residual(body, None if same else conv(channels, outputs, 1, stride, relu=False))
