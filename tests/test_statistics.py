@@ -310,3 +310,62 @@ def test_scans_take_no_gradients() -> None:
         return float(out.square().mean())
 
     Statistics(net, loss).sensitivity(traced(net, X).sites[0])
+
+
+# What a layer reads
+
+
+def images(*shapes: tuple[int, ...]) -> Statistics:
+    """Of a convolution after a ReLU, shown a batch of each shape."""
+    net = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 3, 3))
+    batches = [
+        torch.randn(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(shapes)
+    ]
+
+    @torch.no_grad()
+    def loss(model: nn.Module) -> float:
+        return float(sum(model(b).square().mean() for b in batches))
+
+    return Statistics(net, loss)
+
+
+CONV = Site(name="1.weight", kind="conv", shape=(3, 2, 3, 3), macs=0)
+
+
+def test_inputs_are_what_the_layer_reads_first() -> None:
+    statistics = images((4, 2, 6, 6), (2, 2, 6, 6))
+    found = statistics.inputs(CONV)
+    assert found.shape == (6, 2, 6, 6)
+    first = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found[:4], first.relu())
+    assert len(statistics.inputs(CONV, most=200)) == 4  # the first batch holds 288 numbers
+
+
+def test_inputs_are_those_of_the_model_as_it_is_now() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    statistics = Statistics(net, lambda model: float(model(x).detach().sum()))
+    site = Site(name="1.weight", kind="linear", shape=(2, 4), macs=0)
+    before = statistics.inputs(site)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+        net[0].bias.zero_()
+    assert torch.equal(statistics.inputs(site), net[0](x).detach())
+    assert not torch.equal(statistics.inputs(site), before)
+
+
+def test_inputs_that_tell_nothing_are_refused() -> None:
+    with pytest.raises(TaskError, match="come in several shapes; leave it out by only='!1'"):
+        images((4, 2, 6, 6), (4, 2, 7, 7)).inputs(CONV)
+    with pytest.raises(TaskError, match="the calibration data do not reach it"):
+        images().inputs(CONV)
+    with pytest.raises(TaskError, match=r"what the layer of site '1\.weight' reads needs a task"):
+        Statistics(nn.Identity()).inputs(CONV)
+    net = nn.Sequential(nn.Identity(), nn.Conv2d(2, 3, 3))
+    for value, message in (
+        (3.0, "are all 3 in the calibration data"),
+        (torch.nan, "are not all numbers"),
+    ):
+        x = torch.full((1, 2, 4, 4), value)
+        with pytest.raises(TaskError, match=f"the inputs of layer '1' {message}"):
+            Statistics(net, lambda model, x=x: float(model(x).detach().sum())).inputs(CONV)

@@ -159,7 +159,7 @@ def _apply(
         )
     check_order(step, model)
     traced = traced or trace(model, task.example())
-    statistics = Statistics(model, task.calibration_loss())
+    statistics = Statistics(model, task.calibration_loss(), traced)
     if isinstance(step, Reshaping):
         return step.reshape(model, traced, statistics), []
     return model, apply_where_smaller(model, step, step.sites(traced), statistics)

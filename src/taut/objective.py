@@ -20,6 +20,7 @@ from taut.distillation import Distillation, Teachers
 from taut.errors import RecipeError
 from taut.modules import device_of
 from taut.regularise import Regularise
+from taut.rounded_gradients import QuantizeGradients
 from taut.task import Batch, Task
 from taut.technique import Setting
 from taut.training import Training
@@ -53,6 +54,9 @@ class Objective(nn.Module):
                 f"distillation: features={options.features!r} need a network to match; give "
                 "recover(..., teacher=...)"
             )
+        self.hooks = [
+            hook for s in settings if isinstance(s, QuantizeGradients) for hook in s.attach(model)
+        ]
         self.price = Price(model, bytes_weight, settings)
         self.teachers: Teachers | None = None
         if teachers and (share > 0 or options.features):
@@ -86,5 +90,7 @@ class Objective(nn.Module):
 
     def close(self) -> None:
         """Leave the networks as they were."""
+        for hook in self.hooks:
+            hook.remove()
         if self.teachers is not None:
             self.teachers.close()

@@ -21,6 +21,7 @@ from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
 from taut.pattern import Pattern
 from taut.products import Product, products
+from taut.trace import Trace
 from taut.types import Site
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
@@ -74,12 +75,14 @@ class Statistics:
     """Facts about a model's sites, gathered when they are first asked for.
 
     model: copied, never touched. loss: on the calibration data; without it whatever needs data
-    refuses. A function of the network is enough for all but gradients.
+    refuses. A function of the network is enough for all but gradients. trace: of the original.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Calibration | Callable[[nn.Module], float] | None = None
-    ) -> None:
+        self, model: nn.Module, loss: Calibration | Callable[[nn.Module], float] | None = None,
+        trace: Trace | None = None,
+    ) -> None:  # fmt: skip
+        self.trace = trace
         self._model = model
         self._loss = loss
         self._curves: dict[str, Curve] = {}

@@ -13,7 +13,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -46,7 +46,7 @@ class Trace:
     """Sites in the order of execution, work per example, and the links between sites.
 
     vectors: the one-dimensional parameters, biases and norms. dropouts: for each dropout module the
-    first site after it.
+    first site after it. norms: for each site whose outputs a batch norm alone reads, its path.
     """
 
     sites: tuple[Site, ...]
@@ -56,6 +56,7 @@ class Trace:
     feeds: tuple[Feed, ...]
     dropouts: Mapping[str, str]
     example: Example
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     def example_on(self, model: nn.Module) -> Example:
         """The example that was traced, on the device of a model."""
@@ -178,6 +179,7 @@ class _Reader:
         self.reads: list[tuple[_Channels, str]] = []
         self.dropouts: dict[str, str] = {}
         self.waiting: list[str] = []
+        self.makers: dict[str, list[fx.Node]] = {}
 
     def read(self) -> Trace:
         self._walk(self.module)
@@ -189,6 +191,7 @@ class _Reader:
             feeds=self._feeds(),
             dropouts=self.dropouts,
             example=self.example,
+            norms=self._norms(),
         )
 
     def _walk(self, module: fx.GraphModule) -> None:
@@ -274,6 +277,7 @@ class _Reader:
         makes = bool(name) and op in _OUT_FIRST and _dims(node) == _dims(weight)
         if makes:
             self.channels[node] = _Channels(name, 1)
+            self.makers.setdefault(name, []).append(node)
         taken = False
         if carried is not None and source is not None:
             grouped = op.startswith("conv") and len(node.args) > 6 and node.args[6] != 1
@@ -317,6 +321,17 @@ class _Reader:
             for name, value in self.model.named_parameters()
             if value.dim() == 1 and value.is_floating_point()
         )  # fmt: skip
+
+    def _norms(self) -> dict[str, str]:
+        """Sites that are multiplied by once, and read by one batch norm with a scale."""
+        found = {}
+        for name, nodes in self.makers.items():
+            readers = list(nodes[0].users)
+            if len(nodes) == len(readers) == 1 and _op(readers[0]) == "batch_norm":
+                scale = readers[0].args[1]
+                if scale in self.parameter and readers[0].args[0] is nodes[0]:
+                    found[name] = self.parameter[cast(fx.Node, scale)].rpartition(".")[0]
+        return found
 
     def _feeds(self) -> tuple[Feed, ...]:
         return tuple(

@@ -3,10 +3,14 @@
 from taut.techniques.add_shortcuts import AddShortcuts
 from taut.techniques.binarize import Binarize
 from taut.techniques.code_length import CodeLength
+from taut.techniques.correct_biases import CorrectBiases
+from taut.techniques.equalise import Equalise
+from taut.techniques.fold_norms import FoldNorms
 from taut.techniques.hash_weights import HashWeights
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.learned_levels import LearnedLevels
 from taut.techniques.prune_weights import PruneWeights
+from taut.techniques.quantize import Quantize
 from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
@@ -16,10 +20,14 @@ __all__ = [
     "AddShortcuts",
     "Binarize",
     "CodeLength",
+    "CorrectBiases",
+    "Equalise",
+    "FoldNorms",
     "HashWeights",
     "L0Gates",
     "LearnedLevels",
     "PruneWeights",
+    "Quantize",
     "ShareValues",
     "StructuredMatrix",
     "Student",
