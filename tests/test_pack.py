@@ -20,7 +20,7 @@ from taut.techniques.share_values import SharedValues
 from taut.types import Site
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-PRUNE, SHARE = PruneWeights(sparsity=0.8), ShareValues(bits=3, iterations=5)
+PRUNE, SHARE = PruneWeights(sparsity=0.8), ShareValues(bits=3)
 
 
 def recode(model: nn.Module, *names: str | tuple[str, ...], steps: tuple[Recoding, ...]) -> None:

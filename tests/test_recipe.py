@@ -108,7 +108,8 @@ def test_what_is_printed_reads_back(steps: list[Step]) -> None:
         ("share_values(bit=5)", "share_values has no option 'bit'; did you mean 'bits'?"),
         (
             "share_values(x=5)",
-            "share_values has no option 'x'; known: bits, init, iterations, only",
+            "share_values has no option 'x'; known: bits, init, only, portion, "
+            "scope, symmetric, vector, weigh",
         ),
         ("share_values(bits=9)", "share_values: bits must lie in [1, 8], got 9"),
         ("share_values(bits=-1)", "share_values: bits must lie in [1, 8], got -1"),

@@ -44,6 +44,7 @@ from taut.types import Site
 __all__ = ["ShareValues", "SharedValues"]
 
 _log = logging.getLogger("taut")
+_ROUNDS = 300  # of k-means at most: it ends as soon as nothing moves
 
 _UNSEEN = 1e-3
 """What a weight counts whose input was zero in all the calibration data, relative to the mean."""
@@ -64,7 +65,6 @@ class ShareValues(Recoding):
     init: str = option(
         "linear", choices=("linear", "density", "random"), help="where the centroids start"
     )
-    iterations: int = option(50, low=0, high=1000, help="rounds of k-means at most")
     scope: str = option(
         "layer", choices=("layer", "network"),
         help="a table for each layer, or one for all, with a scale for each",
@@ -198,13 +198,13 @@ class ShareValues(Recoding):
         """The table that suits these points: [stored · vector], of single values sorted."""
         if self.vector > 1:
             return vector_k_means(
-                points, weights, self._stored, self.init, self.iterations, self.symmetric
+                points, weights, self._stored, self.init, _ROUNDS, self.symmetric
             ).flatten()  # fmt: skip
         sizes = points.abs() if self.symmetric else points
         if self.weigh == "equal" or not len(points):
-            return k_means(sizes.flatten(), self._stored, self.init, self.iterations)
+            return k_means(sizes.flatten(), self._stored, self.init, _ROUNDS)
         return vector_k_means(
-            sizes, weights, self._stored, self.init, self.iterations, False
+            sizes, weights, self._stored, self.init, _ROUNDS, False
         ).flatten().sort().values  # fmt: skip
 
     def _weights(self, core: Tensor, site: Site, statistics: Statistics | None) -> Tensor:
