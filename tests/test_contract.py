@@ -77,7 +77,7 @@ class TestQuantize(RecodingContract):
     under_test = (
         Quantize(activations=8),
         Quantize(bits=4, symmetric=False, activations=4),
-        Quantize(bits=3, per=8, activations=8, dynamic=True),
+        Quantize(bits=3, per=8, activations=8, ranges="dynamic"),
         Quantize(bits=4, method="gptq"),
         Quantize(bits=3, mixed=True),
         Quantize(bits=2, method="lsq", activations=3),

@@ -184,7 +184,7 @@ def test_a_calibrated_step_errs_little_on_what_was_seen():
 
 
 def test_a_dynamic_step_follows_each_input():
-    code, form, _ = reading(torch.randn(100, 8), activations=8, dynamic=True)
+    code, form, _ = reading(torch.randn(100, 8), activations=8, ranges="dynamic")
     assert code.dynamic
     x = torch.randn(2, 8) * torch.tensor([[1.0], [1000.0]])
     torch.testing.assert_close(form(x), code.rounded(x), rtol=0, atol=0)
@@ -234,7 +234,7 @@ def small_task(task):
         {"bits": 1, "activations": 1, "method": "dorefa", "per": "tensor"},
         {"bits": 8, "activations": 8},
         {"bits": 8, "activations": 8, "symmetric": False},
-        {"bits": 4, "activations": 8, "dynamic": True},
+        {"bits": 4, "activations": 8, "ranges": "dynamic"},
     ],
     ids=str,
 )
@@ -432,8 +432,8 @@ def test_a_run_killed_and_restarted_writes_the_same_file(trained, task, tmp_path
         ({"per": 2.5}, "per must be str or int, got 2.5"),
         ({"method": "lqs"}, "method has no choice 'lqs'; did you mean 'lsq'"),
         ({"symmetric": False, "method": "lsq"}, "got symmetric=False; use method='affine'"),
-        ({"dynamic": True}, "dynamic needs activations of 2 to 8 bits"),
-        ({"dynamic": True, "activations": 8, "method": "lsq"}, "a step that is not trained"),
+        ({"ranges": "dynamic"}, "ranges='dynamic' needs activations of 2 to 8 bits"),
+        ({"ranges": "dynamic", "activations": 8, "method": "lsq"}, "a step that is not trained"),
         ({"mixed": True, "method": "float16"}, "mixed needs whole numbers"),
     ],
 )

@@ -3,7 +3,7 @@
 LeNet-5 on MNIST and a small Transformer on the King James text. Both roundings put every weight on
 the same grid, a step for each output channel where the squared error is least; one rounds each
 weight to the nearest, the other column by column with the error made good in those to come. It sees
-the inputs of 512 training examples and is asked to lose at most a third of what plain rounding
+the inputs of 1,024 training examples and is asked to lose at most a third of what plain rounding
 loses, in the loss on test examples; at 3 bits the same is asked. The embedding, which is looked up
 and not summed, so that no other weight can make its errors good, stays as it is.
 """
@@ -44,7 +44,7 @@ def _figures(net: Net, options: argparse.Namespace) -> list[Figure]:
     held = taut.Task(train=test, test=test).calibration_loss(len(test.inputs))
     whole, score = held(model), task.evaluate(model)
     print(f"{net.name} as it is: loss {whole:.4f}, score {score:.4f}")
-    seen = 48 if quick else 512
+    seen = 48 if quick else 1024
     few = taut.Task(train=Batches(train.inputs[:seen], train.targets[:seen], 64), test=test)
     figures = []
     for bits in BITS:

@@ -133,7 +133,9 @@ def _codes(values: Tensor, basis: Tensor) -> Tensor:
     """The bits of the level nearest to each value: [rows, n] int64."""
     levels, order = _levels(basis)
     thresholds = (levels[:, 1:] + levels[:, :-1]) / 2
-    return order.gather(1, torch.searchsorted(thresholds.contiguous(), values, right=True))
+    return order.gather(
+        1, torch.searchsorted(thresholds.contiguous(), values.contiguous(), right=True)
+    )
 
 
 def _decoded(codes: Tensor, basis: Tensor) -> Tensor:

@@ -71,9 +71,12 @@ class Quantize(Recoding):
     per: str | int = option(
         "channel", low=1, help="what shares a step: tensor, channel, or so many columns of a row"
     )
-    ranges: str = option("mse", choices=RULES, help="how steps are found, on calibration data")
+    ranges: str = option(
+        "mse", choices=(*RULES, "dynamic"),
+        help="how steps are found, on calibration data; dynamic: by mse for weights, and each "
+        "input has its own, by its largest",
+    )  # fmt: skip
     symmetric: bool = option(True, help="whether zero is the middle number of the weights'")
-    dynamic: bool = option(False, help="whether inputs have a step each, by their own largest")
     mixed: bool = option(False, help="whether bits are a mean that sites share out by sensitivity")
 
     def __post_init__(self) -> None:
@@ -96,14 +99,19 @@ class Quantize(Recoding):
             )
         if self.dynamic and (self.activations < 2 or self.method in ("lsq", "dorefa")):
             raise RecipeError(
-                "quantize: dynamic needs activations of 2 to 8 bits and a step that is not "
-                f"trained, got activations={self.activations} and method={self.method!r}"
+                "quantize: ranges='dynamic' needs activations of 2 to 8 bits and a step that is "
+                f"not trained, got activations={self.activations} and method={self.method!r}"
             )
         if self.mixed and (self.method in HALVES or self.bits < _FEWEST):
             raise RecipeError(
                 f"quantize: mixed needs whole numbers of 2 bits at least, got bits={self.bits} and "
                 f"method={self.method!r}"
             )
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the step of an input follows from it alone."""
+        return self.ranges == "dynamic"
 
     # ---- strengths ----------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class Quantize(Recoding):
 
     def _steps(self, groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         grid = symmetric_grid(2**bits) if self.symmetric else affine_grid(2**bits)
-        return fit_steps(groups, 2**bits, self.ranges, grid)
+        return fit_steps(groups, 2**bits, "mse" if self.dynamic else self.ranges, grid)
 
     def fit(
         self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
