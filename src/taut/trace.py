@@ -12,12 +12,13 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from taut.errors import TraceError
 from taut.modules import clone, device_of, to_device
@@ -80,6 +81,14 @@ def trace(model: nn.Module, example: Example) -> Trace:
     The model is copied first and comes back untouched. Raises TraceError with the export's reason
     where the network cannot be traced (control flow that depends on data, as a rule).
     """
+    return _Reader(*export(model, example), example).read()
+
+
+def export(model: nn.Module, example: Example) -> tuple[nn.Module, ExportedProgram]:
+    """A copy of a network and the graph that it runs on an example, in eval mode.
+
+    Raises TraceError with the export's reason where there is none.
+    """
     copied = clone(model).eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -102,10 +111,11 @@ def trace(model: nn.Module, example: Example) -> Trace:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(logged)
-    return _Reader(copied, program, example).read()
+    return copied, program
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many examples the arguments hold: the size of the first tensor."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
 
@@ -155,9 +165,9 @@ class _Channels:
 class _Reader:
     """Walks the graph once, in order."""
 
-    def __init__(self, model: nn.Module, program: Any, example: Example) -> None:
+    def __init__(self, model: nn.Module, program: ExportedProgram, example: Example) -> None:
         self.model, self.example = model, example
-        self.batch = max(_batch(*example), 1)
+        self.batch = max(batch_of(*example), 1)
         self.module: fx.GraphModule = program.graph_module
         tied: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -222,7 +232,7 @@ class _Reader:
             self._recurrent(node, op)
             return
         kind, weights = self._weights(node, op)
-        macs = _macs(node, op)
+        macs = macs_of(node, op)
         for i, weight in enumerate(weights):
             self._site(weight, kind, 0 if i else macs)
         if not weights:
@@ -333,25 +343,29 @@ def _op(node: fx.Node) -> str:
     return str(target).split(".")[1] if "." in str(target) else str(target)
 
 
-def _macs(node: fx.Node, op: str) -> int:
-    """Multiply-accumulates of one operation, for the whole batch."""
+def macs_of(node: fx.Node, op: str, shape: Callable[[Any], tuple[int, ...]] | None = None) -> int:
+    """Multiply-accumulates of one operation, for the whole batch.
+
+    shape: of a node's tensor, where not the one that was traced.
+    """
+    of = shape or _shape
     a: Any = node.args
     if op == "linear" or op in {"mm", "bmm", "matmul", "mv"}:
-        return _numel(node) * _shape(a[0])[-1]
+        return math.prod(of(node)) * of(a[0])[-1]
     if op in {"addmm", "baddbmm"}:
-        return _numel(node) * _shape(a[1])[-1]
+        return math.prod(of(node)) * of(a[1])[-1]
     if op == "bilinear":
-        return _numel(node) * math.prod(_shape(a[2])[1:])
+        return math.prod(of(node)) * math.prod(of(a[2])[1:])
     if op.startswith("conv_transpose"):
-        return _numel(a[0]) * math.prod(_shape(a[1])[1:])
+        return math.prod(of(a[0])) * math.prod(of(a[1])[1:])
     if op in {"conv1d", "conv2d", "conv3d"}:
-        return _numel(node) * math.prod(_shape(a[1])[1:])
+        return math.prod(of(node)) * math.prod(of(a[1])[1:])
     if op == "tensordot":
-        return _numel(node) * math.prod(int(_shape(a[0])[d]) for d in a[2])
+        return math.prod(of(node)) * math.prod(int(of(a[0])[d]) for d in a[2])
     if op == "einsum" and len(a[1]) > 1:
-        return _numel(node) * _contracted(a[0], [_shape(o) for o in a[1]])
+        return math.prod(of(node)) * _contracted(a[0], [of(o) for o in a[1]])
     if op == "scaled_dot_product_attention":
-        query, key, value = _shape(a[0]), _shape(a[1]), _shape(a[2])
+        query, key, value = of(a[0]), of(a[1]), of(a[2])
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     return 0
 
