@@ -327,6 +327,16 @@ def cell(flow: Flow, node: fx.Node) -> Value:
     return (out, list(out)) if len(starts) > 1 else out
 
 
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(flow: Flow, node: fx.Node) -> Value:
+    """w = g · v / |v|, with one g for each place of one dimension."""
+    v, g = flow.of(node.args[0]), flow.of(node.args[1])
+    for one, other in zip(v, g, strict=True):
+        if len(one) == len(other):
+            flow.symbols.unite(one, other)
+    return v if op_name(node) == "_weight_norm" else (v, g)
+
+
 @rule("prelu")
 def prelu(flow: Flow, node: fx.Node) -> Value:
     """One slope for each channel, or one for all."""

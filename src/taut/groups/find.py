@@ -108,6 +108,8 @@ class Groups:
         symbols = self.flow.symbols
         for node in (n for n in self.graph.graph.nodes if n.op == "placeholder"):
             value = held.get(given.get(node.name, ""))
+            if not node.users:
+                continue  # what the example does not reach is no part of a group
             if value is None:
                 constant = node.name in signature.inputs_to_lifted_tensor_constants
                 what = "a constant of the code" if constant else "an input of the model"

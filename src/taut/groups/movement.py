@@ -16,7 +16,7 @@ from taut.groups.symbols import Dims, Labels
     "contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "dropout", "cumsum",
     "feature_dropout", "softmax", "_softmax", "log_softmax", "lift_fresh_copy", "zeros_like",
     "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "tril", "triu", "cumprod",
-    "alpha_dropout", "float", "normalize", "bernoulli", "view_as_real", "flip", "masked_fill",
+    "alpha_dropout", "bernoulli", "view_as_real", "flip",
 )  # fmt: skip
 def same(flow: Flow, node: fx.Node) -> Value:
     """Every place stays where it is."""
@@ -30,7 +30,7 @@ def same(flow: Flow, node: fx.Node) -> Value:
     return list(dims)
 
 
-@rule("copy", "where")
+@rule("copy", "where", "__and__", "__or__", "__xor__")
 def copied(flow: Flow, node: fx.Node) -> Value:
     """What is copied or chosen from falls together with where it goes."""
     return flow.meet([flow.of(n) for n in node.all_input_nodes])
