@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from taut.compress import machine, versions
+from taut.machine import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

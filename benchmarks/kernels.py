@@ -38,7 +38,7 @@ from taut.kernels import (
 from taut.kernels.lookup import pack_indices
 from taut.kernels.sparse import pack_rows
 from taut.layers import pack_layer, run_dense
-from taut.recoding import PackedWeight, Plain
+from taut.packed import PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 from taut.tune import tune

@@ -9,9 +9,10 @@ from torch import nn
 
 import taut
 from taut.aim import Aim, Price, coded_bytes
+from taut.container import encode
 from taut.errors import RecipeError
 from taut.modules import clone, tensor_at
-from taut.pack import encode, inspect, packed_state
+from taut.pack import inspect, packed_state
 from taut.recoding import chain, chains
 from taut.recover import Recover, recover
 from taut.schedules import advance, settled

@@ -66,7 +66,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task, capsys):
 
 def test_the_format_document_names_every_format_and_nothing_else():
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    from taut.recoding import FORMATS
+    from taut.packed import FORMATS
 
     named = set(re.findall(r"`([a-z_]+\.v\d+)`", text)) - {"sparse.v2"}
     shipped = {n for n, c in FORMATS.items() if c.__module__.startswith("taut.")}

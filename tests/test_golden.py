@@ -4,6 +4,7 @@ After a change of the format on purpose: `TAUT_WRITE_GOLDEN=1 pytest tests/test_
 """
 
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from taut.activations import LevelCode, StepCode
+from taut.container import DICTIONARY, encode
+from taut.kernels import Levels
 from taut.layers import packed_layers
-from taut.pack import DICTIONARY, encode, inspect, load
-from taut.recoding import FORMATS, PackedWeight, Plain
+from taut.pack import inspect, load
+from taut.packed import FORMATS, PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
 from taut.techniques.share_values import SharedValues
@@ -106,6 +110,7 @@ def dense_sparse_shared(*shape: int) -> Tensor:
 
 WRITTEN = {
     "plain": plain,
+    "codes": plain,
     "sparse": sparse,
     "shared_values": shared,
     "integers": integers,
@@ -114,6 +119,7 @@ WRITTEN = {
 }
 MEANT = {
     "plain": numbers,
+    "codes": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
     "integers": numbers,
@@ -122,6 +128,7 @@ MEANT = {
 }
 NODES: dict[str, Any] = {
     "plain": ["plain.v1"],
+    "codes": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
     "integers": ["integers.v1"],
@@ -133,6 +140,25 @@ NODES: dict[str, Any] = {
     "sparse_sparse": ["sparse.v1", {}, {"values": ["sparse.v1", {}, {"values": ["plain.v1"]}]}],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
+
+
+def codes() -> State:
+    """What the inputs of two layers are rounded to: ±1 and 0 by channel, and signed steps."""
+    levels = Levels(
+        thresholds=torch.tensor([[-0.5, -0.25], [0.5, 0.75]]),
+        pattern=torch.tensor([0, 1, 3], dtype=torch.uint8),
+        scale=torch.tensor([0.5, 0.5]),
+    )
+    return {
+        ("conv:input",): LevelCode(levels),
+        ("again:input",): StepCode(torch.tensor([0.125]), -8, 7),
+    }
+
+
+CODES = [
+    ["conv:input", [7], ["levels.v1", {"planes": 2, "pattern": "000103"}]],
+    ["again:input", [1], ["steps.v1", {"low": -8, "high": 7}]],
+]
 
 
 def written(name: str) -> State:
@@ -148,6 +174,7 @@ def written(name: str) -> State:
         ("norm.running_var",): Plain.of(torch.zeros(3)),
         ("norm.num_batches_tracked",): Plain.of(torch.tensor(1234)),
         ("again.bias",): Plain.of(numbers(20), "float32"),
+        **(codes() if name == "codes" else {}),
     }
 
 
@@ -181,6 +208,7 @@ def header(name: str) -> list[Any]:
         ["norm.running_var", [3], ["plain.v1"]],
         ["norm.num_batches_tracked", [], ["plain.v1", {"as": "int64"}]],
         ["again.bias", [20], ["plain.v1", {"as": "float32"}]],
+        *(CODES if name == "codes" else []),
     ]
 
 
@@ -211,7 +239,15 @@ def test_a_golden_file_decodes_to_the_exact_tensors(name: str) -> None:
         got = getattr(module, leaf.partition(".")[2])
         assert got.dtype is expected.dtype
         assert torch.equal(got, expected), tensor_name
-    packed = {} if name == "plain" else packed_layers(model)
+    packed = packed_layers(model)
+    if name == "codes":
+        assert list(packed) == ["conv", "again"]
+        x = torch.tensor([[[[-0.5]], [[0.5]]], [[[-0.625]], [[0.75]]]])
+        assert packed["conv"].rounded(x).flatten().tolist() == [0.0, 0.0, -1.0, 1.0]
+        assert packed["again"].rounded(numbers(20)).tolist() == [
+            min(max(math.floor(v * 8 + 0.5), -8), 7) / 8 for v in numbers(20).tolist()
+        ]
+        return
     assert list(packed) == ([] if name == "plain" else ["conv", "first", "again"])
     for layer in packed.values():
         assert layer.packed["weight"].format == NODES[name][0]
@@ -241,12 +277,13 @@ def test_every_format_has_a_golden_file() -> None:
 
 def test_the_account_of_a_golden_file(name: str) -> None:
     summary = inspect(FOLDER / f"{name}.taut")
-    assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20
+    of_codes = 7 + 1 if name == "codes" else 0
+    assert sum(t.numel for t in summary.tensors) == 54 + 400 + 3 * 5 + 1 + 20 + of_codes
     count = {t.names[0]: sum(p.count for p in t.parts.values()) for t in summary.tensors}
     kept = int(mask(20, 20).sum())
     again = int(mask(kept).sum())
     expected = {
-        "plain": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
+        "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
         "sparse_sparse": 400 + kept + again,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from taut.coding import Encoder
+from taut.container import DICTIONARY
 from taut.errors import FormatError
-from taut.pack import DICTIONARY, inspect, load, pack
+from taut.pack import inspect, load, pack
 from taut.techniques import PruneWeights, ShareValues
 from taut.types import Site
 

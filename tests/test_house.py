@@ -23,7 +23,7 @@ EVERYTHING = sorted(
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
-    {"errors", "types"},
+    {"errors", "types", "machine"},
     {
         "files",
         "coding",
@@ -36,10 +36,10 @@ FLOORS = (
         "products",
         "pattern",
     },
-    {"data", "trace", "statistics", "second_order"},
-    {"importance"},
+    {"data", "trace", "statistics", "second_order", "packed", "edits"},
+    {"importance", "activations", "container"},
     {"technique"},
-    {"recoding", "keep_search"},
+    {"recoding", "reshaping", "keep_search"},
     {"layers", "sparse_weight", "indexed_weight"},
     {"mask", "selection", "dead_units"},
     {"techniques"},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from taut.layers import Packed, pack_layer, packed_layers, run_dense
-from taut.recoding import PackedWeight, Plain
+from taut.packed import PackedWeight, Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from taut.mask import Mask
 from taut.modules import clone
+from taut.packed import Plain
 from taut.pattern import largest
-from taut.recoding import Plain
 from taut.sparse_weight import SparseWeight
 
 

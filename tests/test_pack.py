@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from taut.container import encode
 from taut.errors import FormatError
 from taut.layers import packed_layers, run_dense
-from taut.pack import encode, inspect, load, pack, packed_state
-from taut.recoding import Plain, Recoding, chain
+from taut.pack import inspect, load, pack, packed_state
+from taut.packed import Plain
+from taut.recoding import Recoding, chain
 from taut.sparse_weight import SparseWeight
 from taut.techniques import PruneWeights, ShareValues
 from taut.techniques.share_values import SharedValues

@@ -9,9 +9,11 @@ import torch
 from test_pack import PRUNE, SHARE, recode, same_tensors
 from torch import nn
 
+from taut.container import encode
 from taut.errors import FormatError, RunError
-from taut.pack import encode, inspect, load, pack, packed_state
-from taut.recoding import Plain, Recoding
+from taut.pack import inspect, load, pack, packed_state
+from taut.packed import Plain
+from taut.recoding import Recoding
 from taut.sparse_weight import SparseWeight
 from taut.techniques import PruneWeights
 from taut.zoo.lenet import LeNet5
@@ -113,7 +115,7 @@ def test_a_model_that_differs_is_told_how_and_left_alone(
     build, message = WRONG[wrong]
     other = build().train()
     before, layers = copy.deepcopy(other.state_dict()), [type(m) for m in other.modules()]
-    with pytest.raises(FormatError, match=rf"net\.taut is of another model than Net: {message}"):
+    with pytest.raises(FormatError, match=rf"net\.taut: the file is of another model than Net: {message}"):
         load(tmp_path / "net.taut", other)
     same_tensors(other.state_dict(), before)
     assert [type(m) for m in other.modules()] == layers

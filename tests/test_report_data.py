@@ -16,7 +16,7 @@ import taut
 from taut import report_data
 from taut.errors import RunError
 from taut.layers import packed_layers
-from taut.recoding import Plain
+from taut.packed import Plain
 from taut.report_data import LayerRow, ReportData
 from taut.techniques.share_values import SharedValues
 from taut.types import Choice

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import taut
 from taut.layers import pack_layer, packed_layers, run_dense
-from taut.recoding import PackedWeight, Plain
+from taut.packed import PackedWeight, Plain
 from taut.tune import run_chosen, tune
 from taut.types import Choice
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from taut import edits
 from taut.compress import Result, compress
 from taut.doctor import Diagnosis, diagnose, remedy
 from taut.errors import TaskError, TautError
@@ -135,6 +136,8 @@ def measure_command(
     found = {"original": measure(model, task, traced)}
     if taut_file is not None:
         packed = load(taut_file, clone(model))
+        if changes := edits.of(packed):
+            traced = trace(edits.replay(clone(model), changes), task.example())
         size = taut_file.stat().st_size
         found[taut_file.name] = measure(packed, task, traced, size_bytes=size)
     if as_json:

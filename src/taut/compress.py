@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,12 @@ import torch
 import xxhash
 from torch import nn
 
-from taut import processes
+from taut import edits, processes
+from taut.activations import input_forms, place_input
 from taut.errors import GoalError, RecipeError, RunError
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
+from taut.machine import machine, versions
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
 from taut.pack import check_precision, load, pack
@@ -37,6 +37,7 @@ from taut.processes import is_main, once
 from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
+from taut.reshaping import Reshaping, check_order
 from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
@@ -134,7 +135,7 @@ def compress(
 def apply(
     model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None = None
 ) -> nn.Module:
-    """Put a technique's trainable form on a model, in place, and return the model.
+    """Put a technique on a model, in place, and return the model (or the one that took its place).
 
     It is then an ordinary module for any training loop; `taut.pack` writes it. traced: of the
     original network, needed where the model carries forms already.
@@ -147,9 +148,12 @@ def apply(
             f"apply: the network carries forms already, so {step.name} needs the trace of the "
             "original: traced = taut.trace(original, task.example()), taken before the first apply"
         )
+    check_order(step, model)
     traced = traced or trace(model, task.example())
-    sites = step.sites(traced)
     statistics = Statistics(model, task.calibration_loss())
+    if isinstance(step, Reshaping):
+        return step.reshape(model, traced, statistics)
+    sites = step.sites(traced)
     local = step.localise(model, sites, statistics)
     for site in sites:
         _log.info("%s: %s", site.name, local[site.name])
@@ -363,7 +367,9 @@ class _Trial:
                 self._recover(step)
             elif isinstance(step, Technique):
                 self.run.say(f"{step}")
-                apply(self.model, step, self.task, self.trace)
+                self.model = apply(self.model, step, self.task, self.trace)
+                if isinstance(step, Reshaping):
+                    self.trace = trace(self.model, self.task.example())
             self.step = index + 1
             self.recovering = None
             self.save()
@@ -412,10 +418,12 @@ class _Trial:
             return
         state = {
             "step": self.step,
+            "edits": edits.to_json(edits.of(self.model)),
             "forms": {
                 site.name: [str(t) for t in links.recipe]
                 for site, links in chains(self.model, self.trace.places)
             },
+            "inputs": {path: form.recipe for path, form in input_forms(self.model)},
             "model": self.model.state_dict(),
             "recover": self.recovering,
             "history": [vars(r) for r in self.history],
@@ -436,6 +444,10 @@ class _Trial:
         state = once(self._saved)
         if state is None:
             return
+        if state["edits"]:
+            self.model = edits.replay(self.model, edits.from_json(state["edits"]))
+            self.model.to(self.device)
+            self.trace = trace(self.model, self.task.example())
         with torch.no_grad():
             for name, texts in state["forms"].items():
                 site = self.trace.site(name)
@@ -444,31 +456,16 @@ class _Trial:
                     assert isinstance(technique, Recoding)
                     form, blank = technique.blank(core(self.model, site).detach())
                     technique.place(self.model, site, form, blank)
+            for path, text in state["inputs"].items():
+                technique = Recipe.parse(text).steps[0]
+                assert isinstance(technique, Recoding)
+                given = technique.blank_input(self.model, self.trace.site(f"{path}.weight"))
+                assert given is not None
+                place_input(self.model, path, given, text)
         self.model.load_state_dict(state["model"])
         self.step, self.recovering = state["step"], state["recover"]
         self.history = [EpochRecord(**r) for r in state["history"]]
         self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("taut", "torch", "numpy", "constriction", "accelerate")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def machine() -> dict[str, Any]:
-    """The machine that a latency depends on."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = (s for s in info.read_text().splitlines() if s.startswith("model name"))
-        name = next(lines, name).rpartition(":")[2].strip()
-    return {
-        "system": platform.system(),
-        "processor": name,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def _fingerprint(model: nn.Module) -> str:

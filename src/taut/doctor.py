@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from taut.compress import machine
 from taut.kernels import native
+from taut.machine import machine
 
 ENGINES = {"onnxruntime": "onnx", "openvino": "openvino", "executorch": "executorch"}
 """The packages that run exported networks, and the extra that installs each."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from taut.kernels import lookup_lstm, lookup_matmul
 from taut.kernels.lookup import pack_indices, unpack_indices
-from taut.recoding import PackedWeight
+from taut.packed import PackedWeight
 
 
 class IndexedWeight(PackedWeight):

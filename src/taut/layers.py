@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from taut.activations import InputCode, channels_at
 from taut.kernels import gru_cell, lstm_cell
 from taut.modules import drop_flat_weights
-from taut.recoding import PackedWeight
+from taut.packed import PackedWeight
 
 
 class Packed(nn.Module):
-    """What every packed layer has: `packed`, its weights by parameter name, and `runs_dense`."""
+    """What every packed layer has: `packed`, its weights by parameter name, and `runs_dense`.
+
+    input_code: what its input is rounded to, if it is.
+    """
 
     packed: nn.ModuleDict
+    input_code: InputCode | None
     runs_dense: bool
     _decoded: dict[str, Tensor]
     _dtypes: dict[str, torch.dtype]  # of the parameters; packed parts keep their own
@@ -53,6 +58,10 @@ class Packed(nn.Module):
         for name in self._decoded:
             self.__dict__.pop(name, None)
         self._decoded.clear()
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as the layer multiplies it."""
+        return x if self.input_code is None else self.input_code.rounded(x, channels_at(self))
 
     def product(self, name: str, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], by the weight's own product; by PyTorch's where it is plain."""
@@ -86,9 +95,10 @@ class Packed(nn.Module):
 
 class _PackedLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
-        if self.runs_dense:
-            return F.linear(x, self.weight, self.bias)
-        y = self.product("weight", x)
+        if self.runs_dense or "weight" not in self.packed:
+            return F.linear(self.rounded(x), self.weight, self.bias)
+        weight = cast(PackedWeight, self.packed["weight"])
+        y = weight.matmul(x) if self.input_code is None else self.input_code.product(weight, x)
         return y if self.bias is None else y + self.bias
 
 
@@ -97,13 +107,12 @@ class _PackedConv(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, self)
-        if self.runs_dense:
-            return cast(Tensor, layer._conv_forward(x, layer.weight, layer.bias))
         flat = isinstance(self, nn.Conv1d)
         batched = x.dim() == (3 if flat else 4)
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        if not plain or not batched:
-            return cast(Tensor, super().forward(x))
+        if self.runs_dense or not plain or not batched or "weight" not in self.packed:
+            x = self.rounded(x) if batched else self.rounded(x[None])[0]
+            return cast(Tensor, layer._conv_forward(x, layer.weight, layer.bias))
         stride, padding, dilation = (
             (fill, size[0]) if flat else (size[0], size[1])
             for fill, size in (
@@ -111,7 +120,10 @@ class _PackedConv(Packed):
             )
         )  # fmt: skip
         weight = cast(PackedWeight, self.packed["weight"])
-        y = weight.conv2d(x.unsqueeze(2) if flat else x, stride, padding, dilation, layer.groups)
+        image = x.unsqueeze(2) if flat else x
+        how = (stride, padding, dilation, layer.groups)
+        code = self.input_code
+        y = weight.conv2d(image, *how) if code is None else code.convolution(weight, image, *how)
         if layer.bias is not None:
             y = y + layer.bias[:, None, None]
         return y.squeeze(2) if flat else y
@@ -327,8 +339,13 @@ _KINDS: tuple[tuple[type[nn.Module], type[Packed]], ...] = (
 )
 
 
-def pack_layer(module: nn.Module, weights: dict[str, PackedWeight]) -> None:
-    """Replace parameters of a layer, by name, with packed weights, in place."""
+def pack_layer(
+    module: nn.Module, weights: dict[str, PackedWeight], code: InputCode | None = None
+) -> None:
+    """Replace parameters of a layer, by name, with packed weights, in place.
+
+    code: what the layer's input is rounded to.
+    """
     if isinstance(module, Packed) or hasattr(module, "packed"):
         raise TypeError(f"{type(module).__name__} is packed already, or has its own `packed`")
     cls = type(module)
@@ -340,6 +357,7 @@ def pack_layer(module: nn.Module, weights: dict[str, PackedWeight]) -> None:
     layer = cast(Packed, module)
     layer._decoded, layer._dtypes = {}, dtypes
     layer.packed = nn.ModuleDict(cast("dict[str, nn.Module]", weights))
+    layer.input_code = code
     layer.run_dense(True)
 
 

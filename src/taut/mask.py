@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from taut.packed import PackedWeight
 from taut.pattern import largest
-from taut.recoding import Form, Pack, PackedWeight
+from taut.recoding import Form, Pack
 from taut.sparse_weight import SparseWeight
 
 

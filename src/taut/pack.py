@@ -1,51 +1,33 @@
 """The .taut file: a trained network in, one small and safe file out, and back.
 
-docs/format.md is the specification. The container knows formats by their registered names and
-techniques not at all; it holds no code. Every name, count and shape is checked, against the model
-too, before it is used.
+The bytes are the container's (container.py). Here a network becomes named packed weights and the
+edits of its structure, and a freshly built one becomes what was stored: its structure first, by
+replaying the edits, then every number. Nothing is touched before all of it was checked.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import reprlib
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
-from taut.coding import Decoder, Encoder, PartSize
+from taut import edits
+from taut.activations import SUFFIX, InputCode, check_layer, input_forms
+from taut.coding import Decoder, PartSize
+from taut.container import Entry, Names, check_claims, decode, encode, naming, read
 from taut.errors import FormatError, did_you_mean
 from taut.files import write_atomically
 from taut.layers import Packed, pack_layer
-from taut.modules import device_of, owner, parametrization, parametrized_names
-from taut.recoding import FORMATS, PRECISIONS, Chain, PackedWeight, Plain
+from taut.modules import clone, device_of, owner, parametrization, parametrized_names
+from taut.packed import FORMATS, PRECISIONS, PackedWeight, Plain
+from taut.recoding import Chain
 
 _log = logging.getLogger("taut")
-
-MAGIC = b"TAUT\x01"
-DIGEST_BYTES = 8
-MOST_HEADER_BYTES = 1 << 24
-MOST_NAME = 512
-MOST_DIMENSIONS = 8
-MOST_DEPTH = 8
-# What a header of a small network repeats anyway; part of version 1 of the format.
-DICTIONARY = (
-    b'"float32""bfloat16""int64",{"as":"running_mean""running_var""num_batches_tracked"'
-    b'"layers.0.embedding.weight_hh_l0""weight_ih_l0""bias_hh_l0""bias_ih_l0""conv1.bias"'
-    b'"fc1.bias",[1],["plain.v1"]],["conv2.weight",[64,64,3,3],["sparse.v1",{},{"values":'
-    b'["shared_values.v1",{"entries":32},{"table":["plain.v1"]}]}]],["fc2.weight",[10,512],["'
-)
-
-Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +51,15 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FileSummary:
-    """What `inspect` tells of a file. overhead_bytes: all but the coded numbers themselves."""
+    """What `inspect` tells of a file. overhead_bytes: all but the coded numbers themselves.
+
+    edits: the kinds of what was done to the network's structure, in order.
+    """
 
     size_bytes: int
     overhead_bytes: int
     tensors: tuple[StoredTensor, ...]
+    edits: tuple[str, ...] = ()
 
 
 # ---- writing --------------------------------------------------------------------------------
@@ -91,7 +77,8 @@ def pack(model: nn.Module, path: str | Path, precision: str = "auto") -> int:
     precision, state that is no tensor. Raises RunError where the file cannot be written.
     """
     check_precision(precision)
-    return write_atomically(path, encode(packed_state(model, precision)))
+    state = packed_state(model, precision)
+    return write_atomically(path, encode(state, edits.to_json(edits.of(model))))
 
 
 def check_precision(precision: str) -> None:
@@ -138,6 +125,12 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
             for name, packed in module.packed.items():
                 assert isinstance(packed, PackedWeight)
                 holds[prefix + name] = id(packed), packed
+            if module.input_code is not None:
+                inner.append(f"{prefix}input_code.")
+                holds[path + SUFFIX] = id(module.input_code), module.input_code
+    for path, form in input_forms(model):
+        inner.append(f"{path}.input_form.")
+        holds[path + SUFFIX] = id(form), form.pack()
     for name in parametrized_names(model):
         found = parametrization(model, name)
         assert found is not None
@@ -156,6 +149,7 @@ def _tied(model: nn.Module) -> dict[Names, PackedWeight | Tensor | tuple[Chain, 
         if not name.startswith(tuple(inner)):
             holds[name] = id(value), value
     order = {n: i for i, n in enumerate(plain)}
+    order |= {n: len(order) for n in holds if n.endswith(SUFFIX)}  # codes come last
     joined: dict[int, list[str]] = {}
     for name in sorted(holds, key=lambda n: order.get(n, -1)):
         joined.setdefault(holds[name][0], []).append(name)
@@ -174,67 +168,47 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def encode(state: Mapping[Names, PackedWeight]) -> bytes:
-    """The bytes of a file that holds these tensors."""
-    coder, entries = Encoder(), []
-    for names, packed in state.items():
-        name = names[0] if len(names) == 1 else list(names)
-        entries.append([name, list(packed.shape), _node(packed)])
-        with coder.inside(names[0]):
-            packed.write(coder)
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    squeezer = zlib.compressobj(9, wbits=-15, zdict=DICTIONARY)
-    header = squeezer.compress(text) + squeezer.flush()
-    body = MAGIC + _varint(len(header)) + header + coder.finish()
-    data = body + xxhash.xxh3_64_digest(body)
-    _parse(data)  # refuse to write what would not be read
-    return data
-
-
-def _node(packed: PackedWeight) -> list[Any]:
-    children = {name: _node(child) for name, child in packed.nested().items()}
-    node = [packed.format, packed.meta(), children]
-    while not node[-1]:
-        node.pop()
-    return node
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
 # ---- reading --------------------------------------------------------------------------------
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Put the weights of a .taut file into a freshly built model, in place, and return it.
+    """Put what a .taut file holds into a freshly built model, in place, and return it.
 
-    It runs dense until `tune` chooses how each layer runs here.
+    A network whose structure was changed is changed alike first; where it became another one
+    altogether (a student), that one is returned. It runs dense until `tune` chooses how each layer
+    runs here.
 
     Raises FormatError for a file that is damaged or no .taut file, and for a model whose tensors
     differ from the file's in name or shape; the model is untouched then.
     """
-    entries, stream, _ = _open(Path(path))
-    _check_fits(entries, model, Path(path))
-    with _naming(path):
-        state = _decode(entries, Decoder(stream))
+    content, path = read(Path(path)), Path(path)
+    if any(isinstance(m, Packed) for m in model.modules()):
+        raise FormatError(f"{path}: the model is packed already; load into a freshly built one")
+    with naming(path):
+        changes = edits.from_json(content.edits)
+        if changes and edits.of(model):
+            raise FormatError("the model was reshaped already; load into a freshly built one")
+        tried = edits.replay(clone(model), changes) if changes else model
+        _check_fits(content.entries, tried)
+        state = decode(content.entries, Decoder(content.stream))
+    if changes:
+        model = edits.replay(model, changes)
     layers: dict[nn.Module, dict[str, PackedWeight]] = {}
+    codes: dict[nn.Module, InputCode] = {}
     with torch.no_grad():
         for names, packed in state.items():
             for name in names:
-                module, leaf = owner(model, name)
-                if isinstance(packed, Plain):
+                module, leaf = owner(model, name.replace(SUFFIX, ".input"))
+                if isinstance(packed, InputCode):
+                    codes[module] = packed
+                elif isinstance(packed, Plain):
                     held = getattr(module, leaf)
                     held.copy_(packed.dense().to(held.dtype))
                 else:
                     layers.setdefault(module, {})[leaf] = packed
     device = device_of(model)
-    for layer, weights in layers.items():
-        pack_layer(layer, weights)
+    for layer in (*layers, *(c for c in codes if c not in layers)):
+        pack_layer(layer, layers.get(layer, {}), codes.get(layer))
         layer.to(device)
     return model.eval()
 
@@ -245,11 +219,11 @@ def inspect(path: str | Path) -> FileSummary:
     Raises FormatError for a file that is damaged or no .taut file, and for one that claims more
     numbers than a file of its size plausibly holds (a model that is at hand bounds `load`).
     """
-    entries, stream, size = _open(Path(path))
-    coder = Decoder(stream)
-    with _naming(path):
-        _check_claims(entries, size)
-        state = _decode(entries, coder)
+    content = read(Path(path))
+    coder, size = Decoder(content.stream), content.size_bytes
+    with naming(path):
+        check_claims(content.entries, size)
+        state = decode(content.entries, coder)
     tensors = []
     for names, packed in state.items():
         start = names[0] + "."
@@ -258,183 +232,41 @@ def inspect(path: str | Path) -> FileSummary:
             StoredTensor(names=names, shape=packed.shape, format=packed.format, parts=parts)
         )
     coded = math.ceil(sum(t.size_bytes for t in tensors))
-    return FileSummary(size_bytes=size, overhead_bytes=size - coded, tensors=tuple(tensors))
+    return FileSummary(
+        size_bytes=size, overhead_bytes=size - coded, tensors=tuple(tensors),
+        edits=tuple(kind for kind, _ in content.edits),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Entry:
-    names: Names
-    shape: tuple[int, ...]
-    node: list[Any]
-
-
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Put the file's name in front of what is wrong with it."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
-
-
-def _open(path: Path) -> tuple[list[_Entry], bytes, int]:
-    """The entries, the coded stream and the file's size; the container and header are checked."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    with _naming(path):
-        return *_parse(data), len(data)
-
-
-def _parse(data: bytes) -> tuple[list[_Entry], bytes]:
-    if data[:4] != MAGIC[:4]:
-        what = "a pickle (torch.save)" if data[:2] in (b"\x80\x02", b"PK") else "something else"
-        raise FormatError(f"not a .taut file but {what}; it must start with {MAGIC[:4]!r}")
-    if len(data) < len(MAGIC) + DIGEST_BYTES + 1:
-        raise FormatError(f"{len(data)} bytes are too few for a .taut file; it is truncated")
-    if data[:5] != MAGIC:
-        raise FormatError(f"format version {data[4]}, this Taut reads version 1; update Taut")
-    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if xxhash.xxh3_64_digest(body) != digest:
-        raise FormatError("the checksum does not match; the file is damaged or truncated")
-    length, start = 0, len(MAGIC)
-    for shift in range(0, 28, 7):
-        byte = body[start] if start < len(body) else 128
-        start += 1
-        length |= (byte & 127) << shift
-        if byte < 128:
-            break
-    if body[len(MAGIC) : start] != _varint(length):
-        raise FormatError("the header's length is damaged")
-    if length > len(body) - start:
-        raise FormatError(f"the header claims {length} bytes, the file has {len(body) - start}")
-    return _entries(_inflate(body[start : start + length])), body[start + length :]
-
-
-def _inflate(header: bytes) -> Any:
-    most = min(MOST_HEADER_BYTES, 4096 + 256 * len(header))
-    inflater = zlib.decompressobj(wbits=-15, zdict=DICTIONARY)
-    try:
-        text = inflater.decompress(header, most)
-        if not inflater.eof or inflater.unused_data:
-            raise FormatError(f"the header is damaged or larger than {most} bytes")
-        return json.loads(text.decode(), parse_constant=_refuse_constant)
-    except FormatError:
-        raise
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise FormatError(f"the header is damaged: {error}") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise FormatError(f"the header holds {name}, which is not JSON")
-
-
-def _entries(header: Any) -> list[_Entry]:
-    if not isinstance(header, list):
-        raise FormatError("the header must be a list of tensors")
-    found, seen = [], set[str]()
-    for item in header:
-        if not (isinstance(item, list) and len(item) == 3):
-            raise FormatError(f"a tensor is [name, shape, format], got {reprlib.repr(item)}")
-        names = tuple(item[0]) if isinstance(item[0], list) else (item[0],)
-        if not names or not all(_is_name(n) for n in names):
-            raise FormatError(
-                f"a tensor's name is printable text of up to {MOST_NAME} signs, got "
-                f"{reprlib.repr(item[0])}"
-            )
-        if seen & set(names) or len(set(names)) < len(names):
-            raise FormatError(f"tensor {names[0]!r} stands twice in the header")
-        seen |= set(names)
-        shape = item[1]
-        good = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS
-        if not good or not all(_is_size(n) for n in shape):
-            raise FormatError(
-                f"{names[0]}: a shape is up to {MOST_DIMENSIONS} sizes, got {reprlib.repr(shape)}"
-            )
-        _check_node(item[2], names[0], MOST_DEPTH)
-        found.append(_Entry(names, tuple(shape), item[2]))
-    return found
-
-
-def _is_name(n: Any) -> bool:
-    return isinstance(n, str) and 0 < len(n) <= MOST_NAME and n.isprintable()
-
-
-def _is_size(n: Any) -> bool:
-    return type(n) is int and 0 <= n < 2**40
-
-
-def _check_node(node: Any, name: str, depth: int) -> None:
-    good = isinstance(node, list) and 1 <= len(node) <= 3 and _is_name(node[0])
-    good = good and all(isinstance(part, dict) for part in node[1:])
-    good = good and all(isinstance(v, (str, int, float)) for m in node[1:2] for v in m.values())
-    if not good or depth == 0:
-        raise FormatError(
-            f"{name}: a format is [name, scalars, parts], at most {MOST_DEPTH} deep, got "
-            f"{reprlib.repr(node)}"
-        )
-    if node[0] not in FORMATS:
-        raise FormatError(f"{name}: no format is named {node[0]!r}{did_you_mean(node[0], FORMATS)}")
-    for child in (node[2] if len(node) > 2 else {}).values():
-        _check_node(child, name, depth - 1)
-
-
-def _check_claims(entries: list[_Entry], size: int) -> None:
-    """No file may claim so much that reading it would cost out of proportion to its size."""
-    claimed = sum(math.prod(max(n, 1) for n in e.shape) for e in entries)
-    most = (1 << 20) + 1000 * size
-    if claimed > most:
-        raise FormatError(
-            f"its tensors claim {claimed:,} numbers, a file of {size:,} bytes may claim {most:,}"
-        )
-
-
-def _check_fits(entries: list[_Entry], model: nn.Module, path: Path) -> None:
-    if any(isinstance(m, Packed) for m in model.modules()):
-        raise FormatError(f"{path}: the model is packed already; load into a freshly built one")
+def _check_fits(entries: list[Entry], model: nn.Module) -> None:
     wants = {n: tuple(t.shape) for n, t in _tensors(model).items()}
-    has = {n: e.shape for e in entries for n in e.names}
+    has = {n: e.shape for e in entries for n in e.names if not n.endswith(SUFFIX)}
+    _check_codes(entries, model)
     name = type(model).__name__
     lacking, extra = sorted(set(wants) - set(has)), sorted(set(has) - set(wants))
     if lacking or extra:
         parts = [f"the file lacks {', '.join(lacking[:3])}"] if lacking else []
         parts += [f"{name} lacks {', '.join(extra[:3])}"] if extra else []
         raise FormatError(
-            f"{path} is of another model than {name}: {'; '.join(parts)}; build the model that "
+            f"the file is of another model than {name}: {'; '.join(parts)}; build the model that "
             "was compressed"
         )
     for tensor, shape in wants.items():
         if has[tensor] != shape:
             raise FormatError(
-                f"{path} is of another model than {name}: {tensor} is {list(has[tensor])} in the "
+                f"the file is of another model than {name}: {tensor} is {list(has[tensor])} in the "
                 f"file and {list(shape)} in the model"
             )
 
 
-def _decode(entries: list[_Entry], coder: Decoder) -> dict[Names, PackedWeight]:
-    state = {}
+def _check_codes(entries: list[Entry], model: nn.Module) -> None:
+    """Codes of inputs stand under the names of layers that can take them, and nowhere else."""
     for entry in entries:
-        with coder.inside(entry.names[0]):
-            packed = _read(coder, entry.shape, entry.node, entry.names[0])
-        if _node(packed) != entry.node:
-            raise FormatError(f"{entry.names[0]}: its format has scalars or parts that do nothing")
-        state[entry.names] = packed
-    coder.finish()
-    return state
-
-
-def _read(coder: Decoder, shape: tuple[int, ...], node: list[Any], name: str) -> PackedWeight:
-    meta = node[1] if len(node) > 1 else {}
-    children = node[2] if len(node) > 2 else {}
-
-    def child(part: str, its_shape: tuple[int, ...]) -> PackedWeight:
-        if part not in children:
-            raise FormatError(f"{name}: {node[0]} lacks its part {part!r}")
-        with coder.inside(part):
-            return _read(coder, its_shape, children[part], name)
-
-    packed = FORMATS[node[0]].read(coder, shape, meta, child)
-    if packed.shape != shape:
-        raise FormatError(f"{name}: {node[0]} decoded to {packed.shape}, declared {shape}")
-    return packed
+        codes = [n for n in entry.names if n.endswith(SUFFIX)]
+        if issubclass(FORMATS[entry.node[0]], InputCode) != (codes == list(entry.names)):
+            raise FormatError(
+                f"{entry.names[0]}: {entry.node[0]} stands where it cannot: what an input is "
+                f"rounded to goes by the name of a layer and {SUFFIX!r}, and nothing else does"
+            )
+        for name in codes:
+            check_layer(model, name)

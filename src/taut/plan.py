@@ -20,6 +20,7 @@ from taut.goal import Goal
 from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.recover import Recover
+from taut.reshaping import Reshaping
 from taut.schedules import Schedule, recoded_too_early
 from taut.statistics import Statistics
 from taut.technique import Technique
@@ -45,12 +46,17 @@ class Forecast:
 def check(recipe: Recipe, trace: Trace) -> None:
     """Refuse a recipe whose steps match no site, or cannot follow one another on some site.
 
-    Shapes alone decide: nothing is fitted. Raises RecipeError too for a schedule that no recovery
-    follows.
+    Shapes alone decide: nothing is fitted, and what comes after a change of structure is not looked
+    at. Raises RecipeError too for a schedule that no recovery follows.
     """
-    _check_schedules(recipe, trace)
+    _check_order(recipe)
+    if not any(isinstance(s, Reshaping) for s in recipe.steps):  # it may rename the sites
+        _check_schedules(recipe, trace)
     cores = {s.name: [("", torch.zeros(()).expand(s.shape))] for s in trace.places}
     for step in recipe.steps:
+        if isinstance(step, Reshaping):
+            step.sites(trace)
+            return
         for site in step.sites(trace) if isinstance(step, Technique) else ():
             stack = cores[site.name]
             if isinstance(step, Recoding):
@@ -58,6 +64,18 @@ def check(recipe: Recipe, trace: Trace) -> None:
                     stack.pop()
                 step.accepts(site, tuple(stack[-1][1].shape))
                 stack.append((step.name, step.blank(stack[-1][1])[1]))
+
+
+def _check_order(recipe: Recipe) -> None:
+    recoded = ""
+    for step in recipe.steps:
+        if isinstance(step, Recoding):
+            recoded = step.name
+        elif isinstance(step, Reshaping) and recoded:
+            raise RecipeError(
+                f"{step.name} changes the structure of the network, which must come before "
+                f"{recoded}; put it first in the recipe"
+            )
 
 
 def _check_schedules(recipe: Recipe, trace: Trace) -> None:

@@ -20,8 +20,8 @@ from taut.goal import value_of
 from taut.layers import Packed
 from taut.modules import owner, tensor_at
 from taut.pack import FileSummary, StoredTensor, inspect
+from taut.packed import PackedWeight
 from taut.recipe import Recipe
-from taut.recoding import PackedWeight
 from taut.types import Choice, Direction, EpochRecord, Latency, Measurement
 
 BINS = 64

@@ -7,7 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from taut.recoding import Form, Pack, PackedWeight
+from taut.packed import PackedWeight
+from taut.recoding import Form, Pack
 from taut.sparse_weight import SparseWeight
 
 SETTLES = 0.7

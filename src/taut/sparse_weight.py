@@ -12,7 +12,7 @@ from torch import Tensor
 from taut.coding import Coder
 from taut.errors import FormatError
 from taut.kernels.sparse import pack_rows, sparse_conv2d, sparse_matmul, unpack_rows
-from taut.recoding import Meta, PackedWeight, Pair, ReadChild, register_format
+from taut.packed import Meta, PackedWeight, Pair, ReadChild, register_format
 
 
 @register_format("sparse.v1")

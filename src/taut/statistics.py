@@ -179,6 +179,45 @@ class Statistics:
             self._fisher = self._blocks(names, width)
         return self._fisher[name]
 
+    def inputs(self, site: Site, most: int = 2**20) -> Tensor:
+        """What the site's layer reads first, in the model as it is now: [n, ...], on the CPU.
+
+        Gathered anew each time, as `products` are; batches are joined until there are `most`
+        numbers. Raises TaskError without data, where the layer is not called with numbers or its
+        inputs differ in shape, and where they are not finite or all the same.
+        """
+        loss = self._needed(f"what the layer of site {site.name!r} reads")
+        path, seen = site.name.rpartition(".")[0], list[Tensor]()
+
+        def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if sum(t.numel() for t in seen) < most:
+                seen.append(given[0].detach().float().cpu())
+
+        probe = plain_copy(self._model)
+        hook = probe.get_submodule(path).register_forward_pre_hook(look, prepend=True)
+        try:
+            loss(probe)
+        finally:
+            hook.remove()
+        if not seen or any(t.shape[1:] != seen[0].shape[1:] for t in seen):
+            raise TaskError(
+                f"what layer {path!r} reads cannot be seen: the calibration data do not reach it, "
+                f"or come in several shapes; leave it out by only='!{path}'"
+            )
+        found = torch.cat(seen)
+        if not bool(found.isfinite().all()):
+            raise TaskError(
+                f"the inputs of layer {path!r} are not all numbers; look for NaN in the training "
+                "data or in the network"
+            )
+        if found.numel() > 1 and bool((found == found.flatten()[0]).all()):
+            raise TaskError(
+                f"the inputs of layer {path!r} are all {float(found.flatten()[0]):.3g} in the "
+                "calibration data, which tells nothing; give training data that differ, or leave "
+                f"it out by only='!{path}'"
+            )
+        return found
+
     # ---- gathering ----------------------------------------------------------------------
 
     @cached_property

@@ -19,12 +19,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from taut.container import encode
 from taut.errors import RecipeError
 from taut.layers import packed_layers, run_dense
 from taut.modules import clone, tensor_at
-from taut.pack import encode, inspect, load, pack, packed_state
+from taut.pack import inspect, load, pack, packed_state
+from taut.packed import FORMATS
 from taut.recipe import Recipe
-from taut.recoding import FORMATS, Recoding, chain, core
+from taut.recoding import Recoding, chain, core
 from taut.schedules import advance
 from taut.statistics import Statistics
 from taut.technique import techniques

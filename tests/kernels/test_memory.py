@@ -13,7 +13,7 @@ from torch import nn
 from taut.kernels import BitWeights, Levels, bitplane_matmul, hashed_matmul
 from taut.layers import pack_layer, run_dense
 from taut.measure import peak_memory, tensor_bytes
-from taut.recoding import Plain
+from taut.packed import Plain
 from taut.sparse_weight import SparseWeight
 from taut.techniques.share_values import SharedValues
 

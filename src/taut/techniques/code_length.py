@@ -34,7 +34,8 @@ from taut.coding import Coder
 from taut.dead_units import drop_dead_units
 from taut.errors import FormatError, RecipeError
 from taut.indexed_weight import IndexedWeight
-from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
+from taut.packed import Meta, PackedWeight, ReadChild, register_format
+from taut.recoding import Form, Pack, Recoding
 from taut.sparse_weight import SparseWeight
 from taut.statistics import Statistics
 from taut.technique import option, register_step

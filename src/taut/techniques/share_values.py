@@ -25,7 +25,8 @@ from torch import Tensor
 from taut.coding import Coder
 from taut.errors import FormatError, RecipeError
 from taut.indexed_weight import IndexedWeight
-from taut.recoding import Form, Meta, Pack, PackedWeight, ReadChild, Recoding, register_format
+from taut.packed import Meta, PackedWeight, ReadChild, register_format
+from taut.recoding import Form, Pack, Recoding
 from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.types import Site

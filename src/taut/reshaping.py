@@ -1,0 +1,53 @@
+"""The contract of the reshaping techniques: they change the structure and leave smaller layers.
+
+What they leave is an ordinary network. Its layers are new sites for the recoding techniques, so in
+a recipe reshaping comes first; its changes are noted as `edits`, which a file replays on a freshly
+built network.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import nn
+
+from taut.errors import RecipeError
+from taut.modules import parametrized_names
+from taut.statistics import Statistics
+from taut.technique import Technique
+from taut.trace import Trace
+from taut.types import Cost, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshaping(Technique):
+    """A technique that changes the structure of a network."""
+
+    @abstractmethod
+    def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        """Change the network, keep of its numbers what goes on, note the edits, and return it.
+
+        model: whose trace and statistics these are; it may be changed in place. Every change is
+        noted by `edits.note` on the network that is returned. Raises RecipeError, with nothing
+        changed, where no site can be reshaped so.
+        """
+
+    def predict(self, site: Site) -> Cost:
+        """Bytes at two a number, and MACs, before any work; a technique that knows better says."""
+        return Cost(size_bytes=2.0 * site.numel, macs=site.macs)
+
+    def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> NoReturn:
+        """Refused: structure goes beyond one site."""
+        raise RecipeError(f"{self.name} changes a whole network, not site {site.name!r} alone")
+
+
+def check_order(technique: Technique, model: nn.Module) -> None:
+    """Raise RecipeError where a network to be reshaped was recoded already."""
+    carried = parametrized_names(model)
+    if isinstance(technique, Reshaping) and carried:
+        raise RecipeError(
+            f"{technique.name}: the weight of site {carried[0]!r} is recoded already; put "
+            f"{technique.name} first in the recipe"
+        )
