@@ -37,7 +37,7 @@ FLOORS = (
         "pattern",
     },
     {"data", "trace", "statistics", "second_order", "packed", "edits"},
-    {"importance", "activations", "container"},
+    {"importance", "activations", "container", "groups"},
     {"technique"},
     {"recoding", "reshaping", "keep_search"},
     {"layers", "sparse_weight", "indexed_weight"},

@@ -115,7 +115,9 @@ def test_a_model_that_differs_is_told_how_and_left_alone(
     build, message = WRONG[wrong]
     other = build().train()
     before, layers = copy.deepcopy(other.state_dict()), [type(m) for m in other.modules()]
-    with pytest.raises(FormatError, match=rf"net\.taut: the file is of another model than Net: {message}"):
+    with pytest.raises(
+        FormatError, match=rf"net\.taut: the file is of another model than Net: {message}"
+    ):
         load(tmp_path / "net.taut", other)
     same_tensors(other.state_dict(), before)
     assert [type(m) for m in other.modules()] == layers

@@ -42,8 +42,11 @@ def slots(module: nn.Module) -> Iterator[tuple[str, int, int]]:
             yield from ((name, i, v) for i, v in enumerate(value) if type(v) is int and v > 1)
 
 
-def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[dict[Slot, int]]:
-    """The attributes that change with a cut and their new values, the likeliest way first."""
+def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[tuple[dict[Slot, int], bool]]:
+    """The attributes that change with a cut and their new values, the likeliest way first.
+
+    With each way, whether it is beyond doubt: a network may run with two numbers mixed up.
+    """
     votes, held = _votes(model, groups, cuts)
     sure: dict[Slot, int] = {}
     open_: dict[tuple[Any, ...], list[Slot]] = {}
@@ -66,7 +69,7 @@ def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[dict[Slot, in
         way = dict(sure)
         for (key, where), pick in zip(open_.items(), (*choice, *[0] * rest), strict=True):
             way.update(dict.fromkeys(where, key[3][pick]))
-        yield {s: v for s, v in way.items() if v != held[s]}
+        yield {s: v for s, v in way.items() if v != held[s]}, not open_
 
 
 def _votes(

@@ -3,37 +3,34 @@
     W' = W[kept rows][:, kept columns]…   for every member of the groups
 
 After a cut the network runs once on the example; where it fails, or a layer's width or an output's
-shape is not what was planned, everything is put back and the reason is given.
+shape is not what was planned, everything is put back and the reason is given. Where it was open
+which number of a module follows (a head's width may equal the number of heads), the cut network is
+exported too, and every tensor in it must have the shape that was planned.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taut import edits
+from taut.edits import Resize
 from taut.errors import RecipeError
 from taut.groups.attributes import Slot, put, ways
 from taut.groups.find import Cuts, Groups
-from taut.groups.flow import module_stack, shape_of
+from taut.groups.flow import module_stack, op_name, shape_of
 from taut.groups.running import Shapes, run
 from taut.modules import owner
+from taut.trace import export
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """What a cut changed: the new shapes of tensors, by every name, and attributes of modules."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    attributes: Mapping[Slot, int]
-
-
-def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Cut:
-    """Keep these units of these groups, and no others, in place.
+def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
+    """Keep these units of these groups, and no others, in place; returns the edit, which is noted.
 
     groups: of this very network, or one of the same shapes. Raises RecipeError where the model is
     another, where units are kept that are none, and where the network would not run: the model is
@@ -42,9 +39,9 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Cut:
     _check_fits(model, groups)
     planned, dead = groups.shapes(keep), groups.dead(keep)
     before: dict[str, Tensor] = {}
-    shapes: Shapes = {}
+    sizes: dict[str, list[int]] = {}
     with torch.no_grad():
-        for name, (names, _, dims) in groups.tensors.items():
+        for name, (_, _, dims) in groups.tensors.items():
             module, leaf = owner(model, name)
             held: Tensor = getattr(module, leaf)
             if planned[name] == tuple(held.shape):
@@ -56,17 +53,19 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Cut:
                     new = new.index_select(dim, places)
             held.data = new.contiguous()
             held.grad = None
-            shapes.update(dict.fromkeys(names, planned[name]))
+            sizes[name] = list(planned[name])
     reasons: list[str] = []
-    for values in ways(model, groups, keep):
+    for values, sure in ways(model, groups, keep):
         old = {slot: _held(model, slot) for slot in values}
         put(model, values)
         try:
-            wrong = _check(model, groups, keep)
+            wrong = _check(model, groups, keep) or (not sure and _compare(model, groups, dead))
         except Exception as error:  # whatever the network makes of other sizes
             wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if not wrong:
-            return Cut(shapes=shapes, attributes=values)
+            made = Resize(sizes=sizes, attributes=_as_data(model, values))
+            edits.note(model, made)
+            return made
         reasons.append(wrong)
         put(model, old)
     for name, value in before.items():
@@ -77,6 +76,15 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Cut:
         f"({reasons[0]}); it is as it was. A size may stand in its code as a plain number: hold it "
         "in an attribute, or leave the group whole"
     )
+
+
+def _as_data(model: nn.Module, values: dict[Slot, int]) -> dict[str, int | list[int]]:
+    """The attributes as an edit says them, lists whole."""
+    found: dict[str, int | list[int]] = {}
+    for path, name, index in values:
+        value = getattr(model.get_submodule(path), name)
+        found[f"{path}.{name}" if path else name] = value if index < 0 else list(value)
+    return found
 
 
 def _held(model: nn.Module, slot: Slot) -> int:
@@ -108,6 +116,27 @@ def _check(model: nn.Module, groups: Groups, keep: Cuts) -> str:
     if outputs != groups.outputs:
         return f"the outputs are {outputs[:3]}, not {groups.outputs[:3]}"
     return ""
+
+
+def _compare(model: nn.Module, groups: Groups, dead: NDArray[np.bool_]) -> str:
+    """Step by step, the graph of the cut network against the plan; empty where all is well."""
+    before, after = (
+        [n for n in g.graph.nodes if n.op == "call_function" and op_name(n) not in _FLEETING]
+        for g in (groups.graph, export(model, groups.example)[1].graph_module)
+    )
+    if [op_name(n) for n in before] != [op_name(n) for n in after]:
+        return "it computes by other steps than before"
+    for old, new in zip(before, after, strict=True):
+        if groups.planned(old, dead) != shape_of(new):
+            return (
+                f"{op_name(old)} in {(module_stack(old) or [''])[-1] or 'the model'} gives "
+                f"{list(shape_of(new))}, planned were {list(groups.planned(old, dead))}"
+            )
+    return ""
+
+
+_FLEETING = {"alias", "slice", "expand", "contiguous", "clone", "_assert_tensor_metadata"}
+"""Operations that an export leaves out where they do nothing."""
 
 
 def planned_widths(groups: Groups, keep: Cuts) -> Shapes:

@@ -351,7 +351,7 @@ def _recut(
         flow.symbols.unite(rows, rows[:, :1])
         found[axis].append(rows[:, 0])
         whole, first = np.unique(rows[:, 0], return_index=True)
-        if len(whole) != sizes[axis] or len(along) > 1:  # a factor that the code may name
+        if len(whole) != sizes[axis]:  # a factor that the code may name
             flow.say(node, len(whole), rows[np.sort(first), 0])
     out = []
     for size, candidates in zip(sizes, found, strict=True):
