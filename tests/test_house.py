@@ -38,7 +38,7 @@ FLOORS = (
     },
     {"data", "trace", "statistics", "second_order", "packed", "edits"},
     {"importance", "activations", "container", "groups"},
-    {"technique"},
+    {"technique", "unit_scores"},
     {"recoding", "reshaping", "keep_search"},
     {"layers", "sparse_weight", "indexed_weight"},
     {"mask", "selection", "dead_units"},

@@ -193,7 +193,7 @@ def reduced(flow: Flow, node: fx.Node) -> Value:
     if op_name(node) in {"argmax", "argmin"} or "arg" in op_name(node):
         for axis in axes:
             flow.symbols.hold(x[axis])
-    value = node.meta.get("val")
+    value = node.meta["val"]
     several = isinstance(value, list | tuple)
     kept = len(value[0].shape) if several else len(shape_of(node))
     one = np.zeros(1, np.int64)

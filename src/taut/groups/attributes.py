@@ -88,9 +88,9 @@ def _votes(
             new = len(groups.kept(literal.labels, dead))
         stack = [p for p in reversed(literal.modules) if p in modules]
         if literal.name:
-            slot = (stack[0], literal.name, -1) if stack else None
-            if slot is not None and held.get(slot) == literal.value:
-                votes.setdefault(slot, _Votes()).named[new] = None
+            named = (stack[0] if stack else "", literal.name, -1)
+            if held.get(named) == literal.value:
+                votes.setdefault(named, _Votes()).named[new] = None
             continue
         found = next((s for p in stack if (s := by_value.get((p, literal.value)))), [])
         for slot in found:

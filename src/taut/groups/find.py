@@ -60,7 +60,7 @@ class Group:
 
     @property
     def granularity(self) -> int:
-        return self.members[0].places.shape[1]
+        return int(self.members[0].places.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +107,17 @@ class Groups:
         given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         symbols = self.flow.symbols
         for node in (n for n in self.graph.graph.nodes if n.op == "placeholder"):
-            value = held.get(given.get(node.name, ""))
+            found = held.get(given.get(node.name, ""))
             if not node.users:
                 continue  # what the example does not reach is no part of a group
-            if value is None:
+            if found is None:
                 constant = node.name in signature.inputs_to_lifted_tensor_constants
                 what = "a constant of the code" if constant else "an input of the model"
                 self.flow.dims[node] = self.flow.fixed(node, what)
                 continue
-            own = tuple(names[id(value)])
+            own = tuple(names[id(found)])
             if own[0] not in self.tensors:
-                self.tensors[own[0]] = own, value, [symbols.fresh(n) for n in value.shape]
+                self.tensors[own[0]] = own, found, [symbols.fresh(n) for n in found.shape]
             self.flow.dims[node] = self.tensors[own[0]][2]
 
     def _found(self) -> tuple[tuple[Group, ...], tuple[Whole, ...]]:
@@ -162,11 +162,11 @@ class Groups:
         groups: list[Group] = []
         macs = self._macs_of_units([np.array(o) for o in order])
         taken: dict[str, int] = {}
-        for own, roots, work in zip(members, order, macs, strict=True):
+        for own, units, work in zip(members, order, macs, strict=True):
             weights = [m for m in own if m.trained]
             if not weights:
                 continue
-            if len(roots) == 1:
+            if len(units) == 1:
                 whole += [
                     Whole(name=m.name, dim=m.dim, places=m.places.size, reason="it is one unit")
                     for m in weights
@@ -177,7 +177,7 @@ class Groups:
             taken[base] = taken.get(base, 0) + 1
             name = base if taken[base] == 1 else f"{base}#{taken[base]}"
             groups.append(
-                Group(name=name, units=len(roots), members=tuple(own), roots=np.array(roots),
+                Group(name=name, units=len(units), members=tuple(own), roots=np.array(units),
                       parameters=self._numbers(weights), macs=work)
             )  # fmt: skip
         return tuple(groups), tuple(whole)
@@ -271,10 +271,10 @@ def _macs(node: fx.Node, op: str, shape: Any) -> int:
         lists = [a for a in node.args if isinstance(a, list | tuple)]
         each = [shape(w) for w in cast("list[Any]", lists[-1])]
         steps = int(np.prod(shape(node.args[0])[:-1], dtype=np.int64))
-        return steps * sum(s[0] * s[1] for s in each if len(s) == 2)
+        return int(steps * sum(s[0] * s[1] for s in each if len(s) == 2))
     if op.endswith("_cell"):
         rows = int(np.prod(shape(node.args[0])[:-1], dtype=np.int64))
-        return rows * sum(s[0] * s[1] for s in map(shape, node.args[2:4]))
+        return int(rows * sum(s[0] * s[1] for s in map(shape, node.args[2:4])))
     return macs_of(node, op, shape)
 
 

@@ -2,8 +2,16 @@
 
 from taut.techniques.code_length import CodeLength
 from taut.techniques.l0_gates import L0Gates
+from taut.techniques.prune_channels import PruneChannels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.share_values import ShareValues
 from taut.techniques.variational_dropout import VariationalDropout
 
-__all__ = ["CodeLength", "L0Gates", "PruneWeights", "ShareValues", "VariationalDropout"]
+__all__ = [
+    "CodeLength",
+    "L0Gates",
+    "PruneChannels",
+    "PruneWeights",
+    "ShareValues",
+    "VariationalDropout",
+]
