@@ -217,6 +217,7 @@ class _Reader:
         assert isinstance(inner, fx.GraphModule)
         inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for own, given in zip(inputs, node.args[at + 1 :], strict=True):
+            own.meta.setdefault("val", cast(fx.Node, given).meta.get("val"))
             if given in self.parameter:
                 self.parameter[own] = self.parameter[cast(fx.Node, given)]
         self._walk(inner)

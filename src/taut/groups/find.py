@@ -93,7 +93,8 @@ class Groups:
         self.flow.walk(self.graph)
         self.widths, self.outputs = run(self.model, example)
         self.unknown = tuple(sorted(self.flow.unknown))
-        self._work = [(n, op) for n in self.flow.dims if _macs(n, op := op_name(n), shape_of)]
+        steps = [(n, op_name(n)) for n in self.flow.dims if n.op == "call_function"]
+        self._work = [(n, op) for n, op in steps if _macs(n, op, shape_of)]
         self.groups, self.whole = self._found()
 
     def _open(self, signature: Any) -> None:

@@ -102,6 +102,8 @@ class Flow:
         assert isinstance(inner, fx.GraphModule)
         inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for own, given in zip(inputs, node.args[at + 1 :], strict=True):
+            if isinstance(given, fx.Node):
+                own.meta.setdefault("val", given.meta.get("val"))
             if given in self.dims:
                 self.dims[own] = self.dims[cast(fx.Node, given)]
         result = next(n for n in inner.graph.nodes if n.op == "output").args[0]
