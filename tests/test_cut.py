@@ -187,3 +187,37 @@ def test_control_flow_by_data_is_refused():
     net = Net(lambda net, x: net.a(x) if x.sum() > 0 else x, a=nn.Linear(4, 4))
     with pytest.raises(TraceError, match=r"cannot be traced by torch\.export"):
         Groups(net, ((torch.randn(2, 4),), {}))
+
+
+def test_a_kernel_as_large_as_a_width_stays():
+    net = nn.Sequential(nn.Conv1d(3, 8, 8, padding=8), nn.Conv1d(8, 8, 8), nn.Conv1d(8, 2, 1))
+    groups = Groups(net, ((torch.randn(2, 3, 16),), {}))
+    cut(net, groups, {"0.weight": range(4), "1.weight": range(4)})
+    assert [m.kernel_size for m in net] == [(8,), (8,), (1,)]
+    assert net[0].padding == (8,)
+    assert [m.in_channels for m in net] == [3, 4, 4]
+
+
+class Loop(nn.Module):
+    """As many turns as it has units: a number that is equal by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = 4
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.square = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(self.turns):
+            x = self.square(x)
+        return self.last(x)
+
+
+def test_a_number_that_is_equal_by_chance_stays():
+    net = Loop()
+    groups = Groups(net, ((torch.randn(2, 6),), {}))
+    (group,) = groups.groups
+    cut(net, groups, {group.name: [0, 2]})
+    assert net.square.in_features == 2
+    assert net.turns == 4

@@ -50,6 +50,7 @@ def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[tuple[dict[Sl
     votes, held = _votes(model, groups, cuts)
     sure: dict[Slot, int] = {}
     open_: dict[tuple[Any, ...], list[Slot]] = {}
+    doubt = False
     for slot, vote in votes.items():
         old = held[slot]
         options = list(vote.named or vote.literal or vote.near)
@@ -58,10 +59,12 @@ def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[tuple[dict[Sl
             continue
         if len(options) == 1 and (vote.named or vote.literal):
             sure[slot] = changed[0]
-        else:
-            order = (*changed, old)
-            kind = type(model.get_submodule(slot[0])).__qualname__
-            open_.setdefault((kind, slot[1], slot[2], order), []).append(slot)
+            continue
+        doubt |= bool(vote.literal)
+        stays = not vote.literal and old in options  # a kernel as large as a width, as a rule
+        order = (old, *changed) if stays else (*changed, old)
+        kind = type(model.get_submodule(slot[0])).__qualname__
+        open_.setdefault((kind, slot[1], slot[2], order), []).append(slot)
     choices = list(itertools.product(*(range(len(key[3])) for key in itertools.islice(open_, 10))))
     choices.sort(key=lambda c: sum(i > 0 for i in c))
     rest = len(open_) - min(len(open_), 10)
@@ -69,7 +72,7 @@ def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[tuple[dict[Sl
         way = dict(sure)
         for (key, where), pick in zip(open_.items(), (*choice, *[0] * rest), strict=True):
             way.update(dict.fromkeys(where, key[3][pick]))
-        yield {s: v for s, v in way.items() if v != held[s]}, not open_
+        yield {s: v for s, v in way.items() if v != held[s]}, not doubt and not any(choice)
 
 
 def _votes(

@@ -4,8 +4,8 @@
 
 After a cut the network runs once on the example; where it fails, or a layer's width or an output's
 shape is not what was planned, everything is put back and the reason is given. Where it was open
-which number of a module follows (a head's width may equal the number of heads), the cut network is
-exported too, and every tensor in it must have the shape that was planned.
+which number of a module follows (a head's width may equal the number of heads), or the network took
+other steps, it is exported too, and every tensor in it must have the shape that was planned.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
         old = {slot: _held(model, slot) for slot in values}
         put(model, values)
         try:
-            wrong = _check(model, groups, keep) or (not sure and _compare(model, groups, dead))
+            wrong = _check(model, groups, keep, sure)
         except Exception as error:  # whatever the network makes of other sizes
             wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if not wrong:
@@ -107,15 +107,17 @@ def _check_fits(model: nn.Module, groups: Groups) -> None:
                 )
 
 
-def _check(model: nn.Module, groups: Groups, keep: Cuts) -> str:
+def _check(model: nn.Module, groups: Groups, keep: Cuts, sure: bool) -> str:
     """Run the network; what is not as planned, empty where all is well."""
-    widths, outputs = run(model, groups.example)
+    before, ran = groups.ran, run(model, groups.example)
+    if before.widths.keys() != ran.widths.keys():
+        return f"{min(before.widths.keys() ^ ran.widths.keys())} does not run as before"
     for path, wanted in planned_widths(groups, keep).items():
-        if widths.get(path, wanted) != wanted:
-            return f"{path} gives {list(widths[path])}, planned were {list(wanted)}"
-    if outputs != groups.outputs:
-        return f"the outputs are {outputs[:3]}, not {groups.outputs[:3]}"
-    return ""
+        if ran.widths[path] != wanted:
+            return f"{path} gives {list(ran.widths[path])}, planned were {list(wanted)}"
+    if ran.outputs != before.outputs:
+        return f"the outputs are {ran.outputs[:3]}, not {before.outputs[:3]}"
+    return "" if sure and ran.steps == before.steps else _compare(model, groups, groups.dead(keep))
 
 
 def _compare(model: nn.Module, groups: Groups, dead: NDArray[np.bool_]) -> str:
@@ -150,5 +152,5 @@ def planned_widths(groups: Groups, keep: Cuts) -> Shapes:
     return {
         path: groups.planned(node, dead)
         for path, node in last.items()
-        if groups.widths.get(path) == shape_of(node)
+        if groups.ran.widths.get(path) == shape_of(node)
     }

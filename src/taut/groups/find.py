@@ -91,7 +91,7 @@ class Groups:
         self.tensors: dict[str, tuple[tuple[str, ...], Tensor, Dims]] = {}
         self._open(program.graph_signature)
         self.flow.walk(self.graph)
-        self.widths, self.outputs = run(self.model, example)
+        self.ran = run(self.model, example)
         self.unknown = tuple(sorted(self.flow.unknown))
         steps = [(n, op_name(n)) for n in self.flow.dims if n.op == "call_function"]
         self._work = [(n, op) for n, op in steps if _macs(n, op, shape_of)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.modules import device_of, to_device
 from taut.trace import Example
@@ -14,8 +16,33 @@ from taut.trace import Example
 Shapes = dict[str, tuple[int, ...]]
 
 
-def run(model: nn.Module, example: Example) -> tuple[Shapes, list[tuple[int, ...]]]:
-    """The shapes of what each innermost module with tensors gives last, and of the outputs."""
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """The shapes of what each innermost module with tensors gave last, and of the outputs.
+
+    steps: the operations that computed, in order, by name.
+    """
+
+    widths: Shapes
+    outputs: list[tuple[int, ...]]
+    steps: list[str]
+
+
+class _Listener(TorchDispatchMode):
+    """Notes every operation that makes numbers; views come and go with sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and str(func).split(".")[1] not in _COPIES:
+            self.steps.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def run(model: nn.Module, example: Example) -> Ran:
+    """Run a network on its example, in eval mode; it is left as it was."""
     widths: Shapes = {}
     hooks = []
     for path, module in model.named_modules():
@@ -33,7 +60,8 @@ def run(model: nn.Module, example: Example) -> tuple[Shapes, list[tuple[int, ...
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it runs by other rules than the layers
-        with torch.no_grad():
+        listener = _Listener()
+        with torch.no_grad(), listener:
             out = model.eval()(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -42,4 +70,8 @@ def run(model: nn.Module, example: Example) -> tuple[Shapes, list[tuple[int, ...
         for hook in hooks:
             hook.remove()
     leaves = pytree.tree_leaves(dict(out) if isinstance(out, dict) else out)
-    return widths, [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
+    outputs = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
+    return Ran(widths=widths, outputs=outputs, steps=listener.steps)
+
+
+_COPIES = {"clone", "_unsafe_view", "copy_", "contiguous", "_reshape_alias", "as_strided"}
