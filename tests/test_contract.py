@@ -4,7 +4,15 @@ import pytest
 
 from taut.recoding import Recoding
 from taut.technique import techniques
-from taut.techniques import CodeLength, L0Gates, PruneWeights, ShareValues, VariationalDropout
+from taut.techniques import (
+    Binarize,
+    CodeLength,
+    L0Gates,
+    LearnedLevels,
+    PruneWeights,
+    ShareValues,
+    VariationalDropout,
+)
 from taut.testing import RecodingContract
 
 
@@ -50,6 +58,24 @@ class TestVariationalDropout(RecodingContract):
     under_test = (
         VariationalDropout(),
         VariationalDropout(noise=0.01, threshold=0.0),
+    )
+
+
+class TestBinarize(RecodingContract):
+    under_test = (
+        Binarize(ends=True),
+        Binarize(ends=True, weights="ternary"),
+        Binarize(ends=True, weights="trained"),
+        Binarize(ends=True, weights="stochastic", scale="none"),
+        Binarize(ends=True, weights="ternary", scale="site"),
+    )
+
+
+class TestLearnedLevels(RecodingContract):
+    under_test = (
+        LearnedLevels(ends=True),
+        LearnedLevels(ends=True, bits=1),
+        LearnedLevels(ends=True, bits=3, activations=2),
     )
 
 

@@ -161,6 +161,16 @@ def test_the_distillation_benchmark_passes_quickly(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("digits")
+def test_the_binary_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/papers/binary.py", "--quick", "--json", str(record))
+    found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
+    assert found["BNN 3×1024, digits told alike by counted bits and by the trained form"]["holds"]
+    assert found["BNN 3×1024, times smaller than fp32"]["ours"] > 15  # of layers of 64
+    assert 0 < found["BNN 3×1024, test error"]["ours"] < 80
+
+
 @pytest.mark.parametrize("net", ["LeNet-5", "Transformer"])
 def test_the_criteria_benchmark_passes_quickly(net, tmp_path):
     try:

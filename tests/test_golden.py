@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from taut.activations import LevelCode, StepCode
+from taut.bit_weight import BitWeight
 from taut.container import DICTIONARY, encode
 from taut.kernels import Levels
 from taut.layers import packed_layers
@@ -108,7 +109,29 @@ def dense_sparse_shared(*shape: int) -> Tensor:
     return torch.tensor(out).reshape(shape)
 
 
+def bits(*shape: int) -> PackedWeight:
+    """Two planes, and scales for each row."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).reshape(shape)
+    return BitWeight(codes, Plain.of(scales_of(shape[0])))
+
+
+def scales_of(rows: int) -> Tensor:
+    return torch.stack([torch.arange(1, rows + 1) / 4, torch.arange(rows, 0, -1) / 8])
+
+
+def dense_bits(*shape: int) -> Tensor:
+    """One weight after another, as a person would."""
+    codes = index(torch.Size(shape).numel()).clamp(max=3).tolist()
+    low, high = scales_of(shape[0]).tolist()
+    each, out = len(codes) // shape[0], []
+    for i, code in enumerate(codes):
+        row = i // each
+        out.append((low[row] if code & 1 else -low[row]) + (high[row] if code & 2 else -high[row]))
+    return torch.tensor(out).reshape(shape)
+
+
 WRITTEN = {
+    "bits": bits,
     "plain": plain,
     "codes": plain,
     "sparse": sparse,
@@ -118,6 +141,7 @@ WRITTEN = {
     "sparse_sparse": sparse_sparse,
 }
 MEANT = {
+    "bits": dense_bits,
     "plain": numbers,
     "codes": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
@@ -127,6 +151,7 @@ MEANT = {
     "sparse_sparse": dense_sparse_sparse,
 }
 NODES: dict[str, Any] = {
+    "bits": ["bits.v1", {"planes": 2, "rows": True}, {"scale": ["plain.v1"]}],
     "plain": ["plain.v1"],
     "codes": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
@@ -283,7 +308,8 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     kept = int(mask(20, 20).sum())
     again = int(mask(kept).sum())
     expected = {
-        "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405, "integers": 404,
+        "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
+        "integers": 404,
         "sparse_sparse": 400 + kept + again,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -40,7 +40,7 @@ FLOORS = (
     {"importance", "activations", "container", "groups"},
     {"technique", "unit_scores"},
     {"recoding", "reshaping", "keep_search"},
-    {"layers", "sparse_weight", "indexed_weight"},
+    {"layers", "sparse_weight", "indexed_weight", "bit_weight"},
     {"mask", "selection", "dead_units"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "aim", "dreams", "watch"},

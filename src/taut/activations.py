@@ -25,6 +25,7 @@ from taut.errors import FormatError, RecipeError
 from taut.kernels import Levels
 from taut.modules import owner
 from taut.packed import Meta, PackedWeight, Pair, ReadChild, register_format
+from taut.types import Site
 
 SUFFIX = ":input"
 """What is added to a layer's name for the name of its code in a file."""
@@ -63,6 +64,12 @@ def may_round(model: nn.Module, path: str) -> bool:
     above = model.get_submodule(path.rpartition(".")[0])
     plain = any(type(module).forward is t.forward for t in TAKERS)
     return plain and not isinstance(above, nn.MultiheadAttention)
+
+
+def reads_once(model: nn.Module, site: Site) -> bool:
+    """Whether what the site is multiplied with is the input of a layer that may be rounded."""
+    path, _, leaf = site.name.rpartition(".")
+    return leaf == "weight" and len(site.names) == 1 and may_round(model, path)
 
 
 def place_input(model: nn.Module, path: str, form: InputForm, recipe: str) -> None:

@@ -106,7 +106,7 @@ class Groups:
             names.setdefault(id(value), []).append(name)
             held[name] = value
         given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        symbols = self.flow.symbols
+        symbols, stored = self.flow.symbols, self.model.state_dict().keys()
         for node in (n for n in self.graph.graph.nodes if n.op == "placeholder"):
             found = held.get(given.get(node.name, ""))
             if not node.users:
@@ -117,6 +117,9 @@ class Groups:
                 self.flow.dims[node] = self.flow.fixed(node, what)
                 continue
             own = tuple(names[id(found)])
+            if own[0] not in stored:
+                self.flow.dims[node] = self.flow.fixed(node, "a buffer that no file keeps")
+                continue
             if own[0] not in self.tensors:
                 self.tensors[own[0]] = own, found, [symbols.fresh(n) for n in found.shape]
             self.flow.dims[node] = self.tensors[own[0]][2]
