@@ -9,6 +9,7 @@ from structures import STRUCTURES, example
 from torch import nn
 
 import taut
+from taut import edits
 from taut.errors import RecipeError
 from taut.groups import Groups
 from taut.modules import clone
@@ -188,13 +189,29 @@ def heads_in_code(net, x):
     return net.out(net.more(net.b(mixed).relu()).relu())
 
 
-def test_what_cannot_be_cut_stays_whole_and_is_reported(caplog):
-    net = Net(
+def stubborn():
+    return Net(
         heads_in_code, a=nn.Linear(6, 16), b=nn.Linear(16, 8), more=nn.Linear(8, 6),
         out=nn.Linear(6, 4),
     )  # fmt: skip
+
+
+def test_where_the_code_says_sizes_its_graph_takes_over(caplog):
+    net, x = stubborn(), torch.randn(2, 5, 6)
     with caplog.at_level(logging.WARNING, "taut"):
-        pruned(net, torch.randn(2, 5, 6))
+        small = pruned(net, x)
+    assert {n: tuple(p.shape) for n, p in small.named_parameters() if p.dim() > 1} == {
+        "a.weight": (8, 6), "b.weight": (4, 8), "more.weight": (3, 4), "out.weight": (4, 3),
+    }  # fmt: skip
+    assert [e.kind for e in edits.of(small)] == ["as_graph", "resize"]
+    assert "sizes stand in the code of Net as plain numbers, so its exported graph" in caplog.text
+    assert widths(net)[0] == (16, 6)
+
+
+def test_what_cannot_be_cut_stays_whole_and_is_reported(caplog):
+    net = stubborn()
+    with caplog.at_level(logging.WARNING, "taut"):
+        pruned(net, torch.randn(2, 5, 6), as_graph=False)
     assert widths(net) == [(16, 6), (4, 16), (3, 4), (4, 3)]
     assert "prune_channels: a.weight stays whole: cut: the network does not run" in caplog.text
 
@@ -202,8 +219,27 @@ def test_what_cannot_be_cut_stays_whole_and_is_reported(caplog):
 def test_where_nothing_runs_it_is_refused():
     net = Net(heads_in_code, a=nn.Linear(6, 16), b=nn.Linear(16, 8), more=nn.ReLU(), out=nn.Tanh())
     with pytest.raises(RecipeError, match=r"nothing can be cut: cut: the network does not run"):
-        pruned(net, torch.randn(2, 5, 6))
+        pruned(net, torch.randn(2, 5, 6), as_graph=False)
     assert widths(net) == [(16, 6), (8, 16)]
+
+
+def read(net, x):
+    rows = net.into(x.unflatten(1, (8, 8)))
+    return net.out(net.layer(rows).mean(1))
+
+
+def test_attention_of_pytorch_is_pruned_to_any_ratio_in_a_run(task, tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.1, batch_first=True)
+    net = Net(read, into=nn.Linear(8, 16), layer=layer, out=nn.Linear(16, 10))
+    recipe = "prune_channels(ratio=0.3) > recover(epochs=1) > share_values(bits=6)"
+    result = taut.compress(net, task, recipe, folder=tmp_path / "run")
+    found = taut.inspect(result.folder / "net.taut")
+    assert found.edits == ("as_graph", "resize")
+    shapes = {t.names[0]: t.shape for t in found.tensors}
+    assert shapes["layer.self_attn.in_proj_weight"] == (36, 11)
+    loaded = taut.load(result.folder / "net.taut", clone(net))
+    x = next(task.batches("test")).args[0]
+    assert torch.equal(loaded(x), result.model(x))
 
 
 def test_a_packed_network_is_refused(trained, task, tmp_path):

@@ -84,10 +84,13 @@ def trace(model: nn.Module, example: Example) -> Trace:
     return _Reader(*export(model, example), example).read()
 
 
-def export(model: nn.Module, example: Example) -> tuple[nn.Module, ExportedProgram]:
+def export(
+    model: nn.Module, example: Example, any_batch: bool = False
+) -> tuple[nn.Module, ExportedProgram]:
     """A copy of a network and the graph that it runs on an example, in eval mode.
 
-    Raises TraceError with the export's reason where there is none.
+    any_batch: the graph takes any size of the first dimension, where the network does. Raises
+    TraceError with the export's reason where there is none.
     """
     copied = clone(model).eval()
     for parameter in copied.parameters():
@@ -96,12 +99,17 @@ def export(model: nn.Module, example: Example) -> tuple[nn.Module, ExportedProgr
     logged = logging.root.manager.disable
     args = tuple(to_device(a, device) for a in example[0])
     kwargs = {k: to_device(v, device) for k, v in example[1].items()}
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for value in (*args, *kwargs.values()) if any_batch else ():
+        if isinstance(value, Tensor) and value.dim():
+            shapes[value] = {0: torch.export.Dim.AUTO}
+    free = shapes if any_batch else None
     try:
         logging.disable(logging.CRITICAL)  # the error says it all
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.export.export(copied, args, kwargs, strict=False)
+            program = torch.export.export(copied, args, kwargs, strict=False, dynamic_shapes=free)
     except Exception as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(

@@ -2,5 +2,6 @@
 
 from taut.groups.cut import cut
 from taut.groups.find import Cuts, Group, Groups, Member, Whole
+from taut.groups.rewrite import AsGraph, cut_graph
 
-__all__ = ["Cuts", "Group", "Groups", "Member", "Whole", "cut"]
+__all__ = ["AsGraph", "Cuts", "Group", "Groups", "Member", "Whole", "cut", "cut_graph"]

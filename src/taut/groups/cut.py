@@ -36,24 +36,7 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
     another, where units are kept that are none, and where the network would not run: the model is
     as it was then.
     """
-    _check_fits(model, groups)
-    planned, dead = groups.shapes(keep), groups.dead(keep)
-    before: dict[str, Tensor] = {}
-    sizes: dict[str, list[int]] = {}
-    with torch.no_grad():
-        for name, (_, _, dims) in groups.tensors.items():
-            module, leaf = owner(model, name)
-            held: Tensor = getattr(module, leaf)
-            if planned[name] == tuple(held.shape):
-                continue
-            before[name], new = held.data, held.data
-            for dim, labels in enumerate(dims):
-                places = torch.from_numpy(groups.kept(labels, dead)).to(held.device)
-                if len(places) < len(labels):
-                    new = new.index_select(dim, places)
-            held.data = new.contiguous()
-            held.grad = None
-            sizes[name] = list(planned[name])
+    sizes, before = slice_tensors(model, groups, keep)
     reasons: list[str] = []
     for values, sure in ways(model, groups, keep):
         old = {slot: _held(model, slot) for slot in values}
@@ -76,6 +59,31 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
         f"({reasons[0]}); it is as it was. A size may stand in its code as a plain number: hold it "
         "in an attribute, or leave the group whole"
     )
+
+
+def slice_tensors(
+    model: nn.Module, groups: Groups, keep: Cuts
+) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """Cut the parameters and buffers alone; returns their new sizes, and what they held before."""
+    _check_fits(model, groups)
+    planned, dead = groups.shapes(keep), groups.dead(keep)
+    before: dict[str, Tensor] = {}
+    sizes: dict[str, list[int]] = {}
+    with torch.no_grad():
+        for name, (_, _, dims) in groups.tensors.items():
+            module, leaf = owner(model, name)
+            held: Tensor = getattr(module, leaf)
+            if planned[name] == tuple(held.shape):
+                continue
+            before[name], new = held.data, held.data
+            for dim, labels in enumerate(dims):
+                places = torch.from_numpy(groups.kept(labels, dead)).to(held.device)
+                if len(places) < len(labels):
+                    new = new.index_select(dim, places)
+            held.data = new.contiguous()
+            held.grad = None
+            sizes[name] = list(planned[name])
+    return sizes, before
 
 
 def _as_data(model: nn.Module, values: dict[Slot, int]) -> dict[str, int | list[int]]:

@@ -30,7 +30,7 @@ def same(flow: Flow, node: fx.Node) -> Value:
     return list(dims)
 
 
-@rule("copy", "where", "__and__", "__or__", "__xor__")
+@rule("copy", "where", "masked_fill", "__and__", "__or__", "__xor__")
 def copied(flow: Flow, node: fx.Node) -> Value:
     """What is copied or chosen from falls together with where it goes."""
     return flow.meet([flow.of(n) for n in node.all_input_nodes])

@@ -28,11 +28,11 @@ class Ran:
     steps: list[str]
 
 
-class _Listener(TorchDispatchMode):
+class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation that makes numbers; views come and go with sizes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.errors import RecipeError
-from taut.groups import Cuts, Group, Groups, cut
+from taut.groups import Cuts, Group, Groups, cut, cut_graph
 from taut.layers import Packed
 from taut.modules import clone
 from taut.reshaping import Reshaping
@@ -69,6 +69,11 @@ class PruneChannels(Reshaping):
     )  # fmt: skip
     round_to: int = option(1, low=1, high=1024, help="widths that are cut become multiples of this")
     floor: float = option(0.1, low=0, high=1, help="fraction of its units that every group keeps")
+    as_graph: bool = option(
+        True,
+        help="where sizes stand in the network's code as plain numbers: let its exported graph, "
+        "without dropout, take its place (else those groups stay whole)",
+    )
 
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
         if any(isinstance(m, Packed) for m in model.modules()):
@@ -85,8 +90,11 @@ class PruneChannels(Reshaping):
         try:
             cut(model, groups, keep)
         except RecipeError as error:
-            keep = self._runs(model, groups, keep, str(error))
-            cut(model, groups, keep)
+            graph = self._as_graph(model, groups, keep) if self.as_graph else None
+            keep = self._runs(model, groups, keep, str(error)) if graph is None else keep
+            if graph is None:
+                cut(model, groups, keep)
+            model = graph or model
         for name, kept in keep.items():
             _log.info("prune_channels: %s: %d of %d units", name, len(kept), groups[name].units)
         self._report(groups, keep)
@@ -194,6 +202,19 @@ class PruneChannels(Reshaping):
             kind = tuple((m.dim, len(groups.tensors[m.name][2]), m.trained) for m in group.members)
             pools.setdefault(kind if self.ranking == "isomorphic" else None, []).append(group)
         return list(pools.values())
+
+    def _as_graph(self, model: nn.Module, groups: Groups, keep: Keep) -> nn.Module | None:
+        try:
+            graph = cut_graph(model, groups, keep)
+        except RecipeError as error:
+            _log.warning("prune_channels: %s", error)
+            return None
+        _log.warning(
+            "prune_channels: sizes stand in the code of %s as plain numbers, so its exported graph "
+            "takes its place: it trains, without dropout; as_graph=False leaves groups whole",
+            type(model).__name__,
+        )  # fmt: skip
+        return graph
 
     def _runs(self, model: nn.Module, groups: Groups, keep: Keep, reason: str) -> Keep:
         """The cuts that the network runs with, where it does not with all of them.
