@@ -39,6 +39,9 @@ def test_it_is_the_network_that_the_cut_leaves(name, tmp_path):
     pack(graph, tmp_path / "net.taut", "float32")
     loaded = load(tmp_path / "net.taut", clone(net))
     assert torch.equal(loaded(x), graph(x))
+    again = clone(graph)
+    assert edits.of(again) == edits.of(graph)
+    assert torch.equal(again(x), graph(x))
     assert {n for n, _ in graph.named_parameters()} <= {n for n, _ in net.named_parameters()}
 
 

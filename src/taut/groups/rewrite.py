@@ -10,6 +10,7 @@ batch norms are, and follow train() and eval().
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -118,10 +119,23 @@ class _Norm(nn.Module):
         return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
 
+class GraphNet(fx.GraphModule):
+    """A graph as a network. Its copies keep the edits that were noted on it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphNet:
+        with warnings.catch_warnings():  # PyTorch's own, of its specs of arguments
+            warnings.simplefilter("ignore", FutureWarning)
+            copied = cast(GraphNet, super().__deepcopy__(memo))
+        for edit in edits.of(self):
+            edits.note(copied, edit)
+        return copied
+
+
 def as_graph(model: nn.Module, example: Example) -> fx.GraphModule:
     """The graph of a network as a module of its own, for any batch where the network takes any."""
     module: Any = export(model, example, any_batch=True)[1].module()
     for node in list(module.graph.nodes):
+        node.meta.pop("nn_module_stack", None)  # those modules are no more
         if node.op == "call_module" and "guards" in str(node.target):
             module.graph.erase_node(node)
         elif node.op == "call_function" and op_name(node) == "batch_norm" and node.args[3]:
@@ -133,7 +147,7 @@ def as_graph(model: nn.Module, example: Example) -> fx.GraphModule:
             norm.meta = node.meta
             node.replace_all_uses_with(norm)
             module.graph.erase_node(node)
-    return fx.GraphModule(module, module.graph).eval()
+    return GraphNet(module, module.graph).eval()
 
 
 def steps_of(graph: fx.GraphModule) -> Iterator[fx.Node]:
