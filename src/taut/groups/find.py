@@ -125,66 +125,46 @@ class Groups:
             self.flow.dims[node] = self.tensors[own[0]][2]
 
     def _found(self) -> tuple[tuple[Group, ...], tuple[Whole, ...]]:
-        symbols, rng = self.flow.symbols, np.random.default_rng(0)
-        places: list[tuple[str, int, Labels]] = []
-        whole = []
-        signature: dict[int, int] = {}
-        trained = {n for n, p in self.model.named_parameters(remove_duplicate=False)}
+        trained = {n for n, _ in self.model.named_parameters(remove_duplicate=False)}
+        free, whole = self._free(trained)
+        members, orders = _members(free)
+        groups: list[Group] = []
+        taken: dict[str, int] = {}
+        work = self._macs_of_units([np.array(o) for o in orders])
+        for places, order, macs in zip(members, orders, work, strict=True):
+            own = [
+                Member(names=self.tensors[n][0], dim=d, places=p, trained=n in trained)
+                for n, d, p in places
+            ]
+            own.sort(key=lambda m: (not m.trained, m.dim > 0, len(self.tensors[m.name][2]) < 2))
+            weights = [m for m in own if m.trained]
+            if len(order) == 1:
+                told = ((m.name, m.dim, m.places.size) for m in weights if m.places.size > 1)
+                whole += [Whole(name=n, dim=d, places=p, reason=_ONE) for n, d, p in told]
+            elif weights:
+                first = own[0]
+                base = first.name if first.dim == 0 else f"{first.name}:{first.dim}"
+                taken[base] = taken.get(base, 0) + 1
+                name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+                groups.append(
+                    Group(name=name, units=len(order), members=tuple(own), roots=np.array(order),
+                          parameters=self._numbers(weights), macs=macs)
+                )  # fmt: skip
+        return tuple(groups), tuple(whole)
+
+    def _free(self, trained: set[str]) -> tuple[list[_Free], list[Whole]]:
+        """The dimensions with places that may go, and those, or parts of them, that may not."""
+        symbols = self.flow.symbols
+        free, whole = list[_Free](), []
         for name, (_, _, dims) in self.tensors.items():
             for dim, labels in enumerate(dims):
-                roots, held = symbols.find(labels), symbols.held(labels)
+                held = symbols.held(labels)
                 if held.any() and len(labels) > 1 and name in trained:
                     reason = symbols.reason(int(labels[held.argmax()]))
                     whole.append(Whole(name=name, dim=dim, places=int(held.sum()), reason=reason))
                 if not held.all():
-                    places.append((name, dim, np.where(held, 0, roots)))
-        for _, _, roots in places:
-            each, counts = np.unique(roots, return_counts=True)
-            mark = int(rng.integers(1, 2**62))
-            for root, count in zip(each.tolist(), counts.tolist(), strict=True):
-                signature[root] = (signature.get(root, 0) + mark * count) % (2**61 - 1)
-        signature.pop(0, None)
-        together: dict[int, list[int]] = {}
-        for root, mark in signature.items():
-            together.setdefault(mark, []).append(root)
-        index = {r: i for i, roots in enumerate(together.values()) for r in roots}
-        members: list[list[Member]] = [[] for _ in together]
-        order: list[list[int]] = [[] for _ in together]
-        for name, dim, roots in places:
-            seats: dict[int, list[int]] = {}
-            for place, root in enumerate(roots.tolist()):
-                if root:
-                    seats.setdefault(root, []).append(place)
-            for number in dict.fromkeys(index[r] for r in seats):
-                if not order[number]:
-                    order[number] = [r for r in seats if index[r] == number]
-                rows = np.array([seats[r] for r in order[number]])
-                members[number].append(
-                    Member(names=self.tensors[name][0], dim=dim, places=rows,
-                           trained=name in trained)
-                )  # fmt: skip
-        groups: list[Group] = []
-        macs = self._macs_of_units([np.array(o) for o in order])
-        taken: dict[str, int] = {}
-        for own, units, work in zip(members, order, macs, strict=True):
-            weights = [m for m in own if m.trained]
-            if not weights:
-                continue
-            if len(units) == 1:
-                whole += [
-                    Whole(name=m.name, dim=m.dim, places=m.places.size, reason="it is one unit")
-                    for m in weights
-                ]
-                continue
-            own.sort(key=lambda m: (not m.trained, m.dim > 0, len(self.tensors[m.name][2]) < 2))
-            base = own[0].name if own[0].dim == 0 else f"{own[0].name}:{own[0].dim}"
-            taken[base] = taken.get(base, 0) + 1
-            name = base if taken[base] == 1 else f"{base}#{taken[base]}"
-            groups.append(
-                Group(name=name, units=len(units), members=tuple(own), roots=np.array(units),
-                      parameters=self._numbers(weights), macs=work)
-            )  # fmt: skip
-        return tuple(groups), tuple(whole)
+                    free.append((name, dim, np.where(held, 0, symbols.find(labels))))
+        return free, whole
 
     def _numbers(self, members: Iterable[Member]) -> int:
         """Parameters that go with one unit."""
@@ -267,6 +247,40 @@ class Groups:
         dead = self.dead(cuts)
         work = sum(_macs(n, op, lambda x: self.planned(x, dead)) for n, op in self._work)
         return work // self.batch
+
+
+_Free = tuple[str, int, Labels]
+"""A parameter or buffer, a dimension of it, and the sets its places belong to (0: held)."""
+_ONE = "all of it is one unit"
+
+
+def _members(free: Sequence[_Free]) -> tuple[list[list[_Free]], list[list[int]]]:
+    """The groups: where the units of each lie, [units, places] a dimension, and its sets in order.
+
+    Units that stand in the same dimensions, equally often, are of one group: they are told by a
+    sum of random marks of the dimensions.
+    """
+    marks = np.random.default_rng(0).integers(1, 2**62, len(free)).tolist()
+    signature: dict[int, int] = {}
+    for mark, (_, _, roots) in zip(marks, free, strict=True):
+        each, counts = np.unique(roots, return_counts=True)
+        for root, count in zip(each.tolist(), counts.tolist(), strict=True):
+            signature[root] = (signature.get(root, 0) + mark * count) % (2**61 - 1)
+    signature.pop(0, None)
+    numbers: dict[int, int] = {}
+    index = {r: numbers.setdefault(mark, len(numbers)) for r, mark in signature.items()}
+    members: list[list[_Free]] = [[] for _ in numbers]
+    orders: list[list[int]] = [[] for _ in numbers]
+    for name, dim, roots in free:
+        seats: dict[int, list[int]] = {}
+        for place, root in enumerate(roots.tolist()):
+            if root:
+                seats.setdefault(root, []).append(place)
+        for number in dict.fromkeys(index[r] for r in seats):
+            orders[number] = orders[number] or [r for r in seats if index[r] == number]
+            rows = np.array([seats[r] for r in orders[number]])
+            members[number].append((name, dim, rows))
+    return members, orders
 
 
 def _macs(node: fx.Node, op: str, shape: Any) -> int:
