@@ -11,9 +11,11 @@ import io
 import logging
 import math
 import operator
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -113,13 +115,26 @@ def export(
     except Exception as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(
-            f"{type(model).__name__} cannot be traced by torch.export: {': '.join(reason)}; the "
-            "network must run on the task's example and not branch on the values of tensors"
+            f"{type(model).__name__} cannot be traced by torch.export: {': '.join(reason)}"
+            f"{_line_of(error)}; the network must run on the task's example and not branch on the "
+            "values of tensors"
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(logged)
     return copied, program
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of the network's own code that an error came through."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f for f in frames if not f.filename.startswith(ours)]
+    return (
+        f" (at {Path(lines[-1].filename).name}:{lines[-1].lineno}: {lines[-1].line})"
+        if lines
+        else ""
+    )
 
 
 def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

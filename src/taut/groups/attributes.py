@@ -61,7 +61,7 @@ def ways(model: nn.Module, groups: Groups, cuts: Cuts) -> Iterator[tuple[dict[Sl
             sure[slot] = changed[0]
             continue
         doubt |= bool(vote.literal)
-        stays = not vote.literal and old in options  # a kernel as large as a width, as a rule
+        stays = old in options  # a kernel as large as a width, heads as many as each is wide
         order = (old, *changed) if stays else (*changed, old)
         kind = type(model.get_submodule(slot[0])).__qualname__
         open_.setdefault((kind, slot[1], slot[2], order), []).append(slot)
