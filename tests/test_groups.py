@@ -140,6 +140,18 @@ def test_what_it_costs_is_what_goes():
     assert groups.macs({}) == 2_293_000
 
 
+def test_every_activation_is_known():
+    kinds = [
+        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+        nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softshrink, nn.Tanhshrink,
+        nn.LogSigmoid, nn.Sigmoid, nn.Tanh, nn.Softsign, nn.PReLU,
+    ]  # fmt: skip
+    net = nn.Sequential(nn.Linear(4, 6), *(k() for k in kinds), nn.Linear(6, 2))
+    groups = found(net, torch.randn(2, 4))
+    assert not groups.unknown
+    assert [g.units for g in groups.groups] == [6]
+
+
 # What stays whole
 
 

@@ -30,9 +30,14 @@ def same(flow: Flow, node: fx.Node) -> Value:
     return list(dims)
 
 
-@rule("copy", "where", "masked_fill", "__and__", "__or__", "__xor__")
+@rule(
+    "copy", "where", "masked_fill", "fill", "__and__", "__or__", "__xor__", "hardswish",
+    "log_sigmoid", "special_expit", "true_divide", "floor_divide", "rsub", "multiply", "divide",
+    "subtract", "less", "greater", "less_equal", "greater_equal", "not_equal", "absolute",
+    "negative", "arctan2", "conj", "real", "imag",
+)  # fmt: skip
 def copied(flow: Flow, node: fx.Node) -> Value:
-    """What is copied or chosen from falls together with where it goes."""
+    """What falls together place by place, in operations that PyTorch does not tag as pointwise."""
     return flow.meet([flow.of(n) for n in node.all_input_nodes])
 
 
