@@ -239,3 +239,11 @@ def test_the_kernels_benchmark_passes_quickly(tmp_path):
     difference = found.pop("bitplane W1A1, inner loop, one thread")  # of two times: of either sign
     assert math.isfinite(difference)
     assert all(ratio > 0 for ratio in found.values())
+
+
+def test_coverage_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/coverage.py", "--quick", "--json", str(record), cwd=ROOT)
+    figures = json.loads(record.read_text())["figures"]
+    assert [f["name"].partition(",")[0] for f in figures] == ["GPT-2", "ViT", "BiLSTM"]
+    assert all(f["holds"] and 25 < f["ours"] < 60 for f in figures)

@@ -40,8 +40,8 @@ FLOORS = (
     },
     {"data", "trace", "second_order", "packed", "edits"},
     {"statistics"},
-    {"importance", "activations", "container"},
-    {"technique"},
+    {"importance", "activations", "container", "groups"},
+    {"technique", "unit_scores"},
     {"recoding", "reshaping", "keep_search"},
     {
         "layers",

@@ -11,13 +11,16 @@ import io
 import logging
 import math
 import operator
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from taut.errors import TraceError
 from taut.modules import clone, device_of, to_device
@@ -81,6 +84,17 @@ def trace(model: nn.Module, example: Example) -> Trace:
     The model is copied first and comes back untouched. Raises TraceError with the export's reason
     where the network cannot be traced (control flow that depends on data, as a rule).
     """
+    return _Reader(*export(model, example), example).read()
+
+
+def export(
+    model: nn.Module, example: Example, any_batch: bool = False
+) -> tuple[nn.Module, ExportedProgram]:
+    """A copy of a network and the graph that it runs on an example, in eval mode.
+
+    any_batch: the graph takes any size of the first dimension, where the network does. Raises
+    TraceError with the export's reason where there is none.
+    """
     copied = clone(model).eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -88,25 +102,44 @@ def trace(model: nn.Module, example: Example) -> Trace:
     logged = logging.root.manager.disable
     args = tuple(to_device(a, device) for a in example[0])
     kwargs = {k: to_device(v, device) for k, v in example[1].items()}
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for value in (*args, *kwargs.values()) if any_batch else ():
+        if isinstance(value, Tensor) and value.dim():
+            shapes[value] = {0: torch.export.Dim.AUTO}
+    free = shapes if any_batch else None
     try:
         logging.disable(logging.CRITICAL)  # the error says it all
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.export.export(copied, args, kwargs, strict=False)
+            program = torch.export.export(copied, args, kwargs, strict=False, dynamic_shapes=free)
     except Exception as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(
-            f"{type(model).__name__} cannot be traced by torch.export: {': '.join(reason)}; the "
-            "network must run on the task's example and not branch on the values of tensors"
+            f"{type(model).__name__} cannot be traced by torch.export: {': '.join(reason)}"
+            f"{_line_of(error)}; the network must run on the task's example and not branch on the "
+            "values of tensors"
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         logging.disable(logged)
-    return _Reader(copied, program, example).read()
+    return copied, program
 
 
-def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _line_of(error: BaseException) -> str:
+    """The last line of the network's own code that an error came through."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f for f in frames if not f.filename.startswith(ours)]
+    return (
+        f" (at {Path(lines[-1].filename).name}:{lines[-1].lineno}: {lines[-1].line})"
+        if lines
+        else ""
+    )
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many examples the arguments hold: the size of the first tensor."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
 
@@ -160,9 +193,9 @@ class _Channels:
 class _Reader:
     """Walks the graph once, in order."""
 
-    def __init__(self, model: nn.Module, program: Any, example: Example) -> None:
+    def __init__(self, model: nn.Module, program: ExportedProgram, example: Example) -> None:
         self.model, self.example = model, example
-        self.batch = max(_batch(*example), 1)
+        self.batch = max(batch_of(*example), 1)
         self.module: fx.GraphModule = program.graph_module
         tied: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -214,6 +247,7 @@ class _Reader:
         assert isinstance(inner, fx.GraphModule)
         inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for own, given in zip(inputs, node.args[at + 1 :], strict=True):
+            own.meta.setdefault("val", cast(fx.Node, given).meta.get("val"))
             if given in self.parameter:
                 self.parameter[own] = self.parameter[cast(fx.Node, given)]
         self._walk(inner)
@@ -229,7 +263,7 @@ class _Reader:
             self._recurrent(node, op)
             return
         kind, weights = self._weights(node, op)
-        macs = _macs(node, op)
+        macs = macs_of(node, op)
         for i, weight in enumerate(weights):
             self._site(weight, kind, 0 if i else macs)
         if not weights:
@@ -352,29 +386,33 @@ def _op(node: fx.Node) -> str:
     return str(target).split(".")[1] if "." in str(target) else str(target)
 
 
-def _macs(node: fx.Node, op: str) -> int:
-    """Multiply-accumulates of one operation, for the whole batch."""
+def macs_of(node: fx.Node, op: str, shape: Callable[[Any], tuple[int, ...]] | None = None) -> int:
+    """Multiply-accumulates of one operation, for the whole batch.
+
+    shape: of a node's tensor, where not the one that was traced.
+    """
+    of = shape or _shape
     a: Any = node.args
     if op in {"linear", "mm", "bmm", "matmul", "mv", "inner", "dot", "vdot"}:
-        return _numel(node) * _shape(a[0])[-1]
+        return math.prod(of(node)) * of(a[0])[-1]
     if op in {"addmm", "baddbmm", "addmv"}:
-        return _numel(node) * _shape(a[1])[-1]
+        return math.prod(of(node)) * of(a[1])[-1]
     if op == "addbmm":
-        return math.prod(_shape(a[1])) * _shape(a[2])[-1]
+        return math.prod(of(a[1])) * of(a[2])[-1]
     if op in {"linalg_multi_dot", "chain_matmul"}:
-        return _chained([_shape(o) for o in a[0]])
+        return _chained([of(o) for o in a[0]])
     if op == "bilinear":
-        return _numel(node) * math.prod(_shape(a[2])[1:])
+        return math.prod(of(node)) * math.prod(of(a[2])[1:])
     if op.startswith("conv_transpose"):
-        return _numel(a[0]) * math.prod(_shape(a[1])[1:])
+        return math.prod(of(a[0])) * math.prod(of(a[1])[1:])
     if op in {"conv1d", "conv2d", "conv3d"}:
-        return _numel(node) * math.prod(_shape(a[1])[1:])
+        return math.prod(of(node)) * math.prod(of(a[1])[1:])
     if op == "tensordot":
-        return _numel(node) * math.prod(int(_shape(a[0])[d]) for d in a[2])
+        return math.prod(of(node)) * math.prod(int(of(a[0])[d]) for d in a[2])
     if op == "einsum":
-        return _summed(a[0], [_shape(o) for o in a[1]])
+        return _summed(a[0], [of(o) for o in a[1]])
     if op == "scaled_dot_product_attention":
-        query, key, value = _shape(a[0]), _shape(a[1]), _shape(a[2])
+        query, key, value = of(a[0]), of(a[1]), of(a[2])
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     return 0
 

@@ -9,6 +9,7 @@ from taut.techniques.fold_norms import FoldNorms
 from taut.techniques.hash_weights import HashWeights
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.learned_levels import LearnedLevels
+from taut.techniques.prune_channels import PruneChannels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.quantize import Quantize
 from taut.techniques.share_values import ShareValues
@@ -26,6 +27,7 @@ __all__ = [
     "HashWeights",
     "L0Gates",
     "LearnedLevels",
+    "PruneChannels",
     "PruneWeights",
     "Quantize",
     "ShareValues",

@@ -1,0 +1,259 @@
+"""Units removed for good: channels, attention heads, hidden units, the width of an embedding.
+
+    W' = W[kept rows][:, kept columns]    for every parameter that a unit goes through
+
+What must go together is read off the exported graph (groups), so that what is left is an ordinary
+network of smaller layers. In each group the units of the smallest score go (unit_scores.py).
+
+Li et al. (ICLR 2017); Fang et al.: DepGraph (CVPR 2023) and Isomorphic Pruning (ECCV 2024), which
+ranks groups of the same structure together. Where we differ: groups come from symbols on every
+place of every dimension in PyTorch's own graph, and a cut is checked by running what it leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from taut.errors import RecipeError
+from taut.groups import Cuts, Group, Groups, cut, cut_graph
+from taut.layers import Packed
+from taut.modules import clone
+from taut.reshaping import Reshaping
+from taut.statistics import Statistics
+from taut.technique import matches, option, register_step
+from taut.trace import Trace
+from taut.unit_scores import ABSOLUTE, UNIT_CRITERIA, unit_scores
+
+_log = logging.getLogger("taut")
+
+Keep = dict[str, list[int]]
+
+
+@register_step
+@dataclass(frozen=True, kw_only=True)
+class PruneChannels(Reshaping):
+    """Remove the units that matter least: channels, heads, hidden units, embedding widths.
+
+    To go step by step, write it several times with a recovery between:
+    `prune_channels(ratio=0.2) > recover(epochs=2) > prune_channels(ratio=0.2) > recover(epochs=5)`.
+    Network Slimming is `regularise(kind="slimming") > recover(epochs=5) >
+    prune_channels(criterion="scale", ranking="global") > recover(epochs=5)`.
+
+    only: patterns of weights: a group is cut where they match all weights whose rows its units are,
+    and `!` leaves every group whole that goes through what it names.
+    """
+
+    ratio: float = option(0.5, low=0, below=1, help="fraction of the units removed")
+    macs: float | None = option(
+        None, low=0, high=1, help="instead: the most MACs left, as a fraction of those now"
+    )
+    parameters: float | None = option(
+        None, low=0, high=1, help="instead: the most parameters left, as a fraction of those now"
+    )
+    criterion: str = option(
+        "group", choices=tuple(UNIT_CRITERIA),
+        help="the score: norm of all its weights (group), of what makes it (l1, l2), scale of its "
+        "norm (scale), gradient · weight (taylor), diagonal Hessian (obd), distance from the other "
+        "units (geometric_median), or random",
+    )  # fmt: skip
+    ranking: str = option(
+        "local", choices=("local", "isomorphic", "global"),
+        help="what units are ranked among: those of their group, of groups of the same structure, "
+        "or all",
+    )  # fmt: skip
+    round_to: int = option(1, low=1, high=1024, help="widths that are cut become multiples of this")
+    floor: float = option(0.1, low=0, high=1, help="fraction of its units that every group keeps")
+    as_graph: bool = option(
+        True,
+        help="where sizes stand in the network's code as plain numbers: let its exported graph, "
+        "without dropout, take its place (else those groups stay whole)",
+    )
+
+    def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        if any(isinstance(m, Packed) for m in model.modules()):
+            raise RecipeError(
+                "prune_channels: the network is packed already; give the network as it was before "
+                "taut.pack, or the one that was trained"
+            )
+        groups = Groups(model, trace.example)
+        chosen = self.chosen(groups)
+        keep = self.keep(model, groups, chosen, statistics)
+        if not keep:
+            _log.warning("prune_channels: so little is to go that every group stays whole")
+            return model
+        try:
+            cut(model, groups, keep)
+        except RecipeError as error:
+            graph = self._as_graph(model, groups, keep) if self.as_graph else None
+            keep = self._runs(model, groups, keep, str(error)) if graph is None else keep
+            if graph is None:
+                cut(model, groups, keep)
+            model = graph or model
+        for name, kept in keep.items():
+            _log.info("prune_channels: %s: %d of %d units", name, len(kept), groups[name].units)
+        self._report(groups, keep)
+        return model
+
+    def chosen(self, groups: Groups) -> list[Group]:
+        """The groups that `only` chooses."""
+        barred = ",".join(p for p in self.only.split(",") if p.strip().startswith("!"))
+        found = []
+        for group in groups.groups:
+            makers = [m for m in group.members if m.trained and m.dim == 0]
+            wanted = all(matches(self.only, m.names) for m in makers or group.members[:1])
+            spared = barred and any(
+                not matches(barred, m.names) for m in group.members if m.trained
+            )
+            if wanted and not spared:
+                found.append(group)
+        if not found:
+            known = ", ".join(g.name for g in groups.groups)
+            why = "; ".join(f"{w.name}: {w.reason}" for w in groups.whole[:3])
+            raise RecipeError(
+                f"prune_channels: only={self.only!r} leaves no group that can be cut; known: "
+                f"{known or f'none ({why})'}"
+            )
+        return found
+
+    def keep(
+        self, model: nn.Module, groups: Groups, chosen: list[Group], statistics: Statistics
+    ) -> Keep:
+        """The units that stay, of every group that loses any."""
+        scores = {g.name: unit_scores(self.criterion, model, g, statistics) for g in chosen}
+
+        def at(ratio: float) -> Keep:
+            return dict(self._kept(groups, chosen, scores, ratio))
+
+        if self.macs is None and self.parameters is None:
+            return at(self.ratio)
+        return self._to_budget(groups, at)
+
+    def _to_budget(self, groups: Groups, at: Callable[[float], Keep]) -> Keep:
+        """The least ratio that meets the budget, to a thousandth."""
+        counts = {"macs": groups.macs, "parameters": groups.parameters}
+        limits = {n: getattr(self, n) for n in counts if getattr(self, n) is not None}
+        whole = {n: counts[n]({}) for n in limits}
+
+        def excess(keep: Keep) -> float:
+            return max(float(counts[n](keep) / max(whole[n], 1) - limits[n]) for n in limits)
+
+        least = at(1.0)
+        for name, limit in limits.items():
+            reached = counts[name](least) / max(whole[name], 1)
+            if reached > limit:
+                raise RecipeError(
+                    f"prune_channels: {name}={limit:g} is out of reach: with floor={self.floor:g} "
+                    f"and round_to={self.round_to} the smallest is {reached:.3f} "
+                    f"({counts[name](least):,} of {whole[name]:,}); lower the floor or ask for less"
+                )
+        low, high, best = 0.0, 1.0, least
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            keep = at(middle)
+            if excess(keep) <= 0:
+                high, best = middle, keep
+            else:
+                low = middle
+        return best
+
+    def _kept(
+        self, groups: Groups, chosen: list[Group], scores: dict[str, Tensor], ratio: float
+    ) -> Iterator[tuple[str, list[int]]]:
+        counts = {}
+        for pool in self._pools(groups, chosen):
+            if self.ranking == "local":
+                (group,) = pool
+                counts[group.name] = group.units - round(ratio * group.units)
+                continue
+            relative = {
+                g.name: scores[g.name]
+                if self.criterion in ABSOLUTE
+                else scores[g.name] / scores[g.name].mean().clamp(min=1e-300)
+                for g in pool
+            }
+            ranked = torch.cat(list(relative.values())).sort().values
+            gone = round(ratio * len(ranked))
+            bar = ranked[gone - 1] if gone else ranked[0] - 1
+            counts |= {name: int((score > bar).sum()) for name, score in relative.items()}
+        for group in chosen:
+            count = self._rounded(group, counts[group.name])
+            if count < group.units:
+                best = scores[group.name].argsort(descending=True, stable=True)[:count]
+                yield group.name, best.sort().values.tolist()
+
+    def _rounded(self, group: Group, count: int) -> int:
+        """Up to the floor, and to a width that is a multiple."""
+        count = max(count, 1, math.ceil(self.floor * group.units))
+        width = min(m.places.shape[1] for m in group.members if m.trained)
+        step = self.round_to // math.gcd(self.round_to, width)
+        return min(math.ceil(count / step) * step, group.units)
+
+    def _pools(self, groups: Groups, chosen: list[Group]) -> list[list[Group]]:
+        if self.ranking == "local":
+            return [[g] for g in chosen]
+        pools: dict[object, list[Group]] = {}
+        for group in chosen:
+            kind = tuple((m.dim, len(groups.tensors[m.name][2]), m.trained) for m in group.members)
+            pools.setdefault(kind if self.ranking == "isomorphic" else None, []).append(group)
+        return list(pools.values())
+
+    def _as_graph(self, model: nn.Module, groups: Groups, keep: Keep) -> nn.Module | None:
+        try:
+            graph = cut_graph(model, groups, keep)
+        except RecipeError as error:
+            _log.warning("prune_channels: %s", error)
+            return None
+        _log.warning(
+            "prune_channels: sizes stand in the code of %s as plain numbers, so its exported graph "
+            "takes its place: it trains, without dropout; as_graph=False leaves groups whole",
+            type(model).__name__,
+        )  # fmt: skip
+        return graph
+
+    def _runs(self, model: nn.Module, groups: Groups, keep: Keep, reason: str) -> Keep:
+        """The cuts that the network runs with, where it does not with all of them.
+
+        They are tried by halves, on copies. Raises RecipeError where none is left.
+        """
+        reasons: dict[str, str] = {}
+
+        def fails(some: Cuts) -> str:
+            try:
+                cut(clone(model), groups, some)
+            except RecipeError as error:
+                return str(error)
+            return ""
+
+        def good(some: Keep, reason: str) -> Keep:
+            if not reason:
+                return some
+            names = list(some)
+            if len(names) == 1:
+                reasons[names[0]] = reason
+                return {}
+            halves = names[: len(names) // 2], names[len(names) // 2 :]
+            parts = [{n: some[n] for n in half} for half in halves]
+            first, second = (good(part, fails(part)) for part in parts)
+            both = first | second
+            return both if not both or not fails(both) else max(first, second, key=len)
+
+        found = good(keep, reason)
+        if not found:
+            raise RecipeError(f"prune_channels: nothing can be cut: {reason}")
+        for name in keep.keys() - found.keys():
+            why = reasons.get(name, "the network does not run with it and the others cut")
+            _log.warning("prune_channels: %s stays whole: %s", name, why)
+        return found
+
+    def _report(self, groups: Groups, keep: Keep) -> None:
+        _log.info(
+            "prune_channels: %.1f %% of the MACs and %.1f %% of the parameters are left",
+            100 * groups.macs(keep) / max(groups.macs({}), 1),
+            100 * groups.parameters(keep) / groups.parameters({}),
+        )  # fmt: skip
