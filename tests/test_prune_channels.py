@@ -136,7 +136,7 @@ def test_a_budget_is_met_and_hardly_undercut(name, budget):
     net, x = build(name)
     groups = Groups(net, ((x,), {}))
     whole = getattr(groups, budget)({})
-    pruned(net, x, **{budget: 0.6}, floor=0.0)
+    pruned(net, x, ratio=0.4, of=budget, floor=0.0)
     left = getattr(Groups(net, ((x,), {})), budget)({})
     assert 0.4 * whole < left <= 0.6 * whole
 
@@ -145,11 +145,11 @@ def test_a_budget_below_the_floors_names_the_smallest():
     net, x = build("mlp")
     before = [p.clone() for p in net.parameters()]
     told = (
-        r"macs=0\.1 is out of reach: with floor=0\.5 and round_to=1 the smallest is 0\.357 "
-        r"\(120 of 336\); lower the floor or ask for less"
+        r"ratio=0\.9 of macs is out of reach: with floor=0\.5 and round_to=1 at most 0\.643 can "
+        r"go \(120 of 336 are left\); lower the floor or ask for less"
     )
     with pytest.raises(RecipeError, match=told):
-        pruned(net, x, macs=0.1, floor=0.5)
+        pruned(net, x, ratio=0.9, of="macs", floor=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
@@ -263,7 +263,7 @@ def test_weights_that_are_no_numbers_are_refused():
     ("options", "told"),
     [
         ({"ratio": 1.0}, r"ratio must lie in \[0, 1\), got 1\.0"),
-        ({"macs": 1.5}, r"macs must lie in \[0, 1\], got 1\.5"),
+        ({"of": "mac"}, r"of has no choice 'mac'; did you mean 'macs'"),
         ({"round_to": 0}, r"round_to must lie in \[1, 1024\], got 0"),
         ({"criterion": "l3"}, r"criterion has no choice 'l3'"),
     ],

@@ -49,13 +49,11 @@ class PruneChannels(Reshaping):
     and `!` leaves every group whole that goes through what it names.
     """
 
-    ratio: float = option(0.5, low=0, below=1, help="fraction of the units removed")
-    macs: float | None = option(
-        None, low=0, high=1, help="instead: the most MACs left, as a fraction of those now"
-    )
-    parameters: float | None = option(
-        None, low=0, high=1, help="instead: the most parameters left, as a fraction of those now"
-    )
+    ratio: float = option(0.5, low=0, below=1, help="the fraction removed")
+    of: str = option(
+        "units", choices=("units", "macs", "parameters"),
+        help="what the fraction is of: units, or at least so much of the network's work or size",
+    )  # fmt: skip
     criterion: str = option(
         "group", choices=tuple(UNIT_CRITERIA),
         help="the score: norm of all its weights (group), of what makes it (l1, l2), scale of its "
@@ -130,33 +128,26 @@ class PruneChannels(Reshaping):
         def at(ratio: float) -> Keep:
             return dict(self._kept(groups, chosen, scores, ratio))
 
-        if self.macs is None and self.parameters is None:
+        if self.of == "units":
             return at(self.ratio)
-        return self._to_budget(groups, at)
+        return self._to_budget(groups.macs if self.of == "macs" else groups.parameters, at)
 
-    def _to_budget(self, groups: Groups, at: Callable[[float], Keep]) -> Keep:
-        """The least ratio that meets the budget, to a thousandth."""
-        counts = {"macs": groups.macs, "parameters": groups.parameters}
-        limits = {n: getattr(self, n) for n in counts if getattr(self, n) is not None}
-        whole = {n: counts[n]({}) for n in limits}
-
-        def excess(keep: Keep) -> float:
-            return max(float(counts[n](keep) / max(whole[n], 1) - limits[n]) for n in limits)
-
-        least = at(1.0)
-        for name, limit in limits.items():
-            reached = counts[name](least) / max(whole[name], 1)
-            if reached > limit:
-                raise RecipeError(
-                    f"prune_channels: {name}={limit:g} is out of reach: with floor={self.floor:g} "
-                    f"and round_to={self.round_to} the smallest is {reached:.3f} "
-                    f"({counts[name](least):,} of {whole[name]:,}); lower the floor or ask for less"
-                )
+    def _to_budget(self, count: Callable[[Cuts], int], at: Callable[[float], Keep]) -> Keep:
+        """The least ratio of units that meets the budget, to a thousandth."""
+        whole, least = max(count({}), 1), at(1.0)
+        most = (1 - self.ratio) * whole
+        if count(least) > most:
+            raise RecipeError(
+                f"prune_channels: ratio={self.ratio:g} of {self.of} is out of reach: with "
+                f"floor={self.floor:g} and round_to={self.round_to} at most "
+                f"{1 - count(least) / whole:.3f} can go ({count(least):,} of {whole:,} are left); "
+                "lower the floor or ask for less"
+            )
         low, high, best = 0.0, 1.0, least
         while high - low > 1e-3:
             middle = (low + high) / 2
             keep = at(middle)
-            if excess(keep) <= 0:
+            if count(keep) <= most:
                 high, best = middle, keep
             else:
                 low = middle
