@@ -156,7 +156,10 @@ def rank_of(matrix: Matrix, rule: str, energy: float, ratio: float) -> int:
 
 def rank_of_energy(values: Tensor, energy: float) -> int:
     """The least rank whose squared singular values sum up to this share of all."""
-    part = values.square().cumsum(0) / values.square().sum().clamp(min=1e-300)
+    total = values.square().sum()
+    if not float(total) > 0:
+        return 1
+    part = values.square().cumsum(0) / total
     return min(int((part < energy - 1e-12).sum()) + 1, len(values))
 
 

@@ -102,7 +102,7 @@ class FactorWeights(Recoding):
         out, columns = _matrix_shape(site.shape)
         rank = self.kept if self.kept is not None else int(self.ratio * _most(out, columns))
         numbers = rank * (out + columns) if rank and count == site.numel else count
-        return _PLAIN * numbers if inner is None else inner(numbers)
+        return _PLAIN * numbers + 9 if inner is None else inner(numbers)
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
         out, columns = _matrix_shape(tuple(core.shape))
@@ -135,7 +135,7 @@ class FactorWeights(Recoding):
             super().apply(model, site, statistics)
 
 
-_PLAIN = 1.62
+_PLAIN = 1.77
 """Bytes of one of the factors' numbers in float16: about normal, so its high byte codes well."""
 
 
