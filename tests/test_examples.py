@@ -189,6 +189,19 @@ def test_the_criteria_benchmark_passes_quickly(net, tmp_path):
         assert name in printed
 
 
+@pytest.mark.usefixtures("digits", "clothes")
+def test_the_low_rank_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/papers/lowrank.py", "--quick", "--json", str(record), cwd=ROOT)
+    found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
+    assert len(found) == 12
+    for net in ("LeNet-300-100", "VGG-small"):
+        for rule in ("vbmf", "energy"):
+            assert found[f"{net}, {rule}: times fewer parameters"]["ours"] > 1
+            assert math.isfinite(found[f"{net}, {rule}: loss before recovery"]["ours"])
+    assert found["LeNet-300-100, energy: loss before recovery"]["holds"]
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")

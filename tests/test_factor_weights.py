@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import taut
 from taut.errors import RecipeError
 from taut.modules import clone
-from taut.pack import load, pack, packed_state
+from taut.pack import load, packed_state
 from taut.packed import Plain
 from taut.recoding import chain
 from taut.techniques import FactorWeights
-from taut.techniques.factor_weights import FactoredWeight
+from taut.techniques.factor_weights import FactoredWeight, Factors
 
 
 def normal(*shape, seed=0):
@@ -150,7 +150,7 @@ def test_what_it_cannot_follow_is_refused(tmp_path):
     net, traced = words(), taut.trace(words(), TASK.example())
     site = traced.site("lstm.weight_hh_l0")
     pruned = taut.apply(clone(net), "prune_weights(sparsity=0.5, scope='layer')", TASK)
-    told = r"factor_weights: site '.*' is pruned already.* put factor_weights first, and prune"
+    told = r"factor_weights: site '.*' is pruned already.* leave it out by only='!"
     with pytest.raises(RecipeError, match=told):
         taut.apply(pruned, FactorWeights(kept=3), TASK, traced)
     told = r"factor_weights: site '.*' is recoded already, and its core \[32\] is no matrix"
@@ -162,16 +162,8 @@ def test_what_it_cannot_follow_is_refused(tmp_path):
         FactorWeights(kept=-1)
 
 
-def test_its_factors_are_pruned_as_weights_are(tmp_path):
-    net, traced = words(), taut.trace(words(), TASK.example())
-    taut.apply(net, "factor_weights(only='lstm.weight_hh_l0')", TASK, traced)
-    taut.apply(net, "prune_weights(sparsity=0.5, scope='layer', only='lstm.weight_hh_l0')",
-               TASK, traced)  # fmt: skip
-    packed = packed_state(net, "float32")[("lstm.weight_hh_l0",)]
-    assert packed.factors.format == "sparse.v1"
-    torch.testing.assert_close(packed.dense(), net.lstm.weight_hh_l0.detach())
-    form = chain(net, traced.site("lstm.weight_hh_l0")).forms[0]
-    core, keep = normal(6, 80), torch.rand(64, 16) < 0.5
-    some = form.pack(core, keep, lambda _: None)
+def test_some_entries_of_a_product_are_packed_plainly():
+    form, keep = Factors((64, 16)), normal(64, 16) < 0
+    core = normal(6, 80, seed=1)
+    some = form.pack(core, keep, lambda _: Plain.of(core))
     torch.testing.assert_close(some.dense(), form(core)[keep], atol=1e-2, rtol=1e-2)
-    pack(net, tmp_path / "net.taut")

@@ -117,7 +117,7 @@ class FactorWeights(Recoding):
         if matters is not None:
             raise RecipeError(
                 f"factor_weights: site {site.name!r} is pruned already, and what two factors give "
-                "has no holes; put factor_weights first, and prune its factors"
+                f"has no holes; leave it out by only='!{site.name}'"
             )
         matrix = self._matrix(core, site, statistics)
         rank = self.kept or self._rank(matrix)
