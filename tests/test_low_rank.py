@@ -284,6 +284,28 @@ def test_a_whole_run_is_stored_and_replayed(conv, tmp_path):
     assert result.measurement.parameters < 0.65 * sum(p.numel() for p in net.parameters())
 
 
+class ByHand(nn.Module):
+    """Its head multiplies by the table's weight, which no name tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 12)
+        self.wide = nn.Linear(12, 12)
+
+    def forward(self, tokens):
+        return F.linear(self.wide(self.embedding(tokens)), self.embedding.weight).mT
+
+
+def test_a_layer_that_the_network_needs_whole_is_named_and_nothing_changed():
+    net, task = ByHand(), task_of(TOKENS, TOKENS)
+    told = r"needs layer 'embedding' whole \(.*no attribute 'weight'\); .* only='!embedding'"
+    with pytest.raises(RecipeError, match=told):
+        taut.apply(net, LowRank(rank="ratio"), task)
+    assert isinstance(net.embedding, nn.Embedding)
+    made = taut.apply(net, LowRank(rank="ratio", only="!embedding"), task)
+    assert [e.layer for e in edits.of(made)] == ["wide"]
+
+
 def test_a_network_that_is_one_layer():
     net, x = nn.Linear(12, 12), normal(9, 12)
     made = taut.apply(net, "low_rank(rank='ratio')", task_of(x, torch.arange(9)))

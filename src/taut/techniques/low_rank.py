@@ -30,7 +30,7 @@ from taut import edits
 from taut.decompositions import KINDS, Part, count, decomposed, limits, parts, ranks_of
 from taut.edits import Edit, register_edit
 from taut.errors import FormatError, RecipeError
-from taut.modules import owner, tensor_at
+from taut.modules import clone, owner, tensor_at
 from taut.ranks import RULES, seen_by_data
 from taut.reshaping import Reshaping
 from taut.statistics import Statistics
@@ -78,6 +78,7 @@ class LowRank(Reshaping):
                 f"low_rank: no layer of only={self.only!r} gets smaller by {self}; keep less "
                 "(energy, ratio), or use factor_weights for recurrent layers and attention"
             )
+        _check_runs(model, [edit for edit, _ in found], trace)
         for edit, weights in found:
             model = edit.replay(model)
             edits.note(model, edit)
@@ -99,7 +100,8 @@ class LowRank(Reshaping):
             how = "channel"
         table = isinstance(layer, nn.Embedding)
         if self.weighted:
-            root = seen_by_data(weight, site, statistics, self.name).root
+            seen = seen_by_data(weight, site, statistics, self.name)
+            root = seen.root if seen.by_row == table else None
         turned = weight.T if table else weight
         ranks = ranks_of(how, turned, self.rank, self.energy, self.ratio, root)
         shape = tuple(turned.shape)
@@ -115,6 +117,28 @@ class LowRank(Reshaping):
             count(how, shape, ranks), weight.numel(),
         )  # fmt: skip
         return Factor(layer=path, how=how, ranks=ranks), weights
+
+
+@torch.no_grad()
+def _check_runs(model: nn.Module, changes: list[Factor], trace: Trace) -> None:
+    """Raise RecipeError, naming the layers, where a network cannot run on its example so."""
+    example = trace.example_on(model)
+
+    def told(some: list[Factor]) -> str:
+        probe = edits.replay(clone(model), some).eval()
+        try:
+            probe(*example[0], **example[1])
+        except Exception as error:  # whatever the network's own code makes of it
+            return str(error)
+        return ""
+
+    if reason := told(changes):
+        bad = [c.layer for c in changes if told([c])] or [c.layer for c in changes]
+        barred = ", ".join(f"!{layer}" for layer in bad)
+        raise RecipeError(
+            f"low_rank: the network's own code needs layer {', '.join(map(repr, bad))} whole "
+            f"({reason}); leave it out by only={barred!r}"
+        )
 
 
 def _why_not(model: nn.Module, site: Site) -> str:
