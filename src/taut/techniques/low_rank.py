@@ -110,7 +110,8 @@ class LowRank(Reshaping):
             return None
         weights = decomposed(how, turned, ranks, root)
         if table:
-            weights[0] = weights[0].T
+            weights[0] = weights[0].T.clone()
+            weights[0][(weight == 0).all(1)] = 0  # of what pads, to the last bit
         _log.info(
             "low_rank: %s becomes %d layers of rank %s (%s), %d numbers of %d",
             path or "the layer", len(weights), ", ".join(map(str, ranks)), how,
