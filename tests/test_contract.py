@@ -7,6 +7,7 @@ from taut.technique import techniques
 from taut.techniques import (
     Binarize,
     CodeLength,
+    FactorWeights,
     HashWeights,
     L0Gates,
     LearnedLevels,
@@ -140,6 +141,14 @@ class TestLearnedLevels(RecodingContract):
         LearnedLevels(ends=True),
         LearnedLevels(ends=True, bits=1),
         LearnedLevels(ends=True, bits=3, activations=2),
+    )
+
+
+class TestFactorWeights(RecodingContract):
+    under_test = (
+        FactorWeights(),
+        FactorWeights(rank="energy", energy=0.3),
+        FactorWeights(rank="vbmf", weighted=False),
     )
 
 

@@ -29,6 +29,7 @@ from taut.packed import FORMATS, PackedWeight, Plain
 from taut.pattern_weights import BlockWeight, NOfMWeight
 from taut.sparse_weight import SparseWeight
 from taut.techniques.code_length import Integers
+from taut.techniques.factor_weights import FactoredWeight
 from taut.techniques.share_values import SharedValues
 
 FOLDER = Path(__file__).parent / "golden"
@@ -224,6 +225,27 @@ def dense_bits(*shape: int) -> Tensor:
     return torch.tensor(out).reshape(shape)
 
 
+def low_rank(*shape: int) -> PackedWeight:
+    """Of rank 2, its factors shared values."""
+    factors = index(2 * sides(*shape)).reshape(2, -1)
+    return FactoredWeight(shape, SharedValues(factors, Plain.of(TABLE)))
+
+
+def sides(out: int, *later: int) -> int:
+    return out + math.prod(later)
+
+
+def dense_low_rank(*shape: int) -> Tensor:
+    """One weight after another, as a person would."""
+    both = TABLE[index(2 * sides(*shape))].tolist()
+    out, each = shape[0], sides(*shape)
+    first, second = both[:each], both[each:]
+    return torch.tensor(
+        [[first[o] * first[i] + second[o] * second[i] for i in range(out, each)]
+         for o in range(out)]
+    ).reshape(shape)  # fmt: skip
+
+
 WRITTEN = {
     **structures.WRITTEN,
     "bits": bits,
@@ -239,6 +261,7 @@ WRITTEN = {
     "sparse_sparse": sparse_sparse,
     "blocks": blocks,
     "n_of_m_shared": n_of_m_shared,
+    "low_rank": low_rank,
 }
 MEANT = {
     **structures.MEANT,
@@ -255,6 +278,7 @@ MEANT = {
     "sparse_sparse": dense_sparse_sparse,
     "blocks": lambda *shape: numbers(*shape) * block_mask(*shape),
     "n_of_m_shared": dense_n_of_m_shared,
+    "low_rank": dense_low_rank,
 }
 
 
@@ -284,6 +308,11 @@ NODES: dict[str, Any] = {
         "n_of_m.v1",
         {"keep": 2, "of": 4},
         {"values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
+    ],
+    "low_rank": [
+        "low_rank.v1",
+        {"rank": 2},
+        {"factors": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}]},
     ],
 }
 NODES_OF_CONV: dict[str, Any] = {
@@ -438,6 +467,6 @@ def test_the_account_of_a_golden_file(name: str) -> None:
         "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
         "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
         "affine": 440, "blocks": 100 + int(block_mask(20, 20).sum()), **structures.COUNTS,
-        "hashed": 4 + 9, "hashed_together": 4,
+        "hashed": 4 + 9, "hashed_together": 4, "low_rank": 2 * 40 + 5,
     }  # fmt: skip
     assert count["first.weight"] == expected.get(name, 400 + kept + 5)

@@ -40,8 +40,8 @@ FLOORS = (
     },
     {"data", "trace", "second_order", "packed", "edits"},
     {"statistics"},
-    {"importance", "activations", "container", "groups"},
-    {"technique", "unit_scores"},
+    {"importance", "activations", "container", "groups", "ranks"},
+    {"technique", "unit_scores", "decompositions"},
     {"recoding", "reshaping", "keep_search"},
     {
         "layers",

@@ -5,10 +5,12 @@ from taut.techniques.binarize import Binarize
 from taut.techniques.code_length import CodeLength
 from taut.techniques.correct_biases import CorrectBiases
 from taut.techniques.equalise import Equalise
+from taut.techniques.factor_weights import FactorWeights
 from taut.techniques.fold_norms import FoldNorms
 from taut.techniques.hash_weights import HashWeights
 from taut.techniques.l0_gates import L0Gates
 from taut.techniques.learned_levels import LearnedLevels
+from taut.techniques.low_rank import LowRank
 from taut.techniques.prune_channels import PruneChannels
 from taut.techniques.prune_weights import PruneWeights
 from taut.techniques.quantize import Quantize
@@ -23,10 +25,12 @@ __all__ = [
     "CodeLength",
     "CorrectBiases",
     "Equalise",
+    "FactorWeights",
     "FoldNorms",
     "HashWeights",
     "L0Gates",
     "LearnedLevels",
+    "LowRank",
     "PruneChannels",
     "PruneWeights",
     "Quantize",
