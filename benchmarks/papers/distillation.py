@@ -45,7 +45,7 @@ class Plan:
 
 
 TEACHER = Plan(
-    "teacher", 1200, 0.4, 2, 256, taut.Recover(epochs=60, learning_rate=1.5e-3, distill=0.0)
+    "teacher", 1200, 0.3, 2, 512, taut.Recover(epochs=40, learning_rate=2e-3, distill=0.0)
 )
 ALONE = Plan("alone", 800, 0.0, 0, 128, taut.Recover(epochs=20, learning_rate=1e-3, distill=0.0))
 DISTILLED = Plan(

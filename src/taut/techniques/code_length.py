@@ -234,7 +234,9 @@ class _Found:
 
 def _kinds(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The different counts, which of them each row has, and how many rows have it."""
-    values, kinds, alike = counts.unique(return_inverse=True, return_counts=True)
+    values, kinds, alike = counts.unique(  # type: ignore[no-untyped-call]
+        return_inverse=True, return_counts=True
+    )
     return values, kinds, alike.to(torch.float32)
 
 
