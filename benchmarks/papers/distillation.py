@@ -50,7 +50,7 @@ TEACHER = Plan(
 ALONE = Plan("alone", 800, 0.0, 0, 128, taut.Recover(epochs=20, learning_rate=1e-3, distill=0.0))
 DISTILLED = Plan(
     "distilled", 800, 0.0, 0, 256,
-    taut.Recover(epochs=100, learning_rate=2e-3, distill=1.0, temperature=20.0),
+    taut.Recover(epochs=60, learning_rate=2e-3, distill=1.0, temperature=20.0),
 )  # fmt: skip
 
 

@@ -130,8 +130,8 @@ RECORDS = (
     ),
     Record(
         "LSTM, King James", lambda: LstmLanguageModel(vocabulary(), 64, 256), language_task,
-        f"{FAST} > recover(epochs=10, learning_rate=4e-3, distill=0)",
-        AIMED.format(45_000, 14, 4e-3) + "temperature=1)", 30, 2.0, " % of perplexity", "",
+        f"{FAST} > recover(epochs=7, learning_rate=4e-3, distill=0)",
+        AIMED.format(45_000, 9, 4e-3) + "temperature=1)", 30, 2.0, " % of perplexity", "",
     ),
     Record(
         "Transformer, King James",
