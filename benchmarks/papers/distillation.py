@@ -3,8 +3,9 @@
 Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015), section 3: a net of two
 layers of 1200 with dropout, trained on images moved by up to two pixels, errs 67 times; one of two
 layers of 800 without regularisation errs 146 times, and 74 times where it also matches the large
-one's outputs at temperature 20, on the same unmoved images. All 60,000 images train, and the last
-epoch counts: the test images choose nothing. The nets are kept in runs/, so that a run that was
+one's outputs at temperature 20, on the same unmoved images. So it is here, and the student learns
+from those outputs alone, without the labels. All 60,000 images train, and the last epoch counts:
+the test images choose nothing. The nets are kept in runs/, so that a run that was
 stopped goes on with the next net.
 """
 
@@ -49,8 +50,8 @@ TEACHER = Plan(
 )
 ALONE = Plan("alone", 800, 0.0, 0, 128, taut.Recover(epochs=20, learning_rate=1e-3, distill=0.0))
 DISTILLED = Plan(
-    "distilled", 800, 0.0, 0, 256,
-    taut.Recover(epochs=60, learning_rate=2e-3, distill=1.0, temperature=20.0),
+    "distilled", 800, 0.0, 0, 512,
+    taut.Recover(epochs=50, learning_rate=2.5e-3, distill=1.0, temperature=20.0),
 )  # fmt: skip
 
 
