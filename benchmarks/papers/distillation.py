@@ -51,7 +51,7 @@ TEACHER = Plan(
 ALONE = Plan("alone", 800, 0.0, 0, 128, taut.Recover(epochs=20, learning_rate=1e-3, distill=0.0))
 DISTILLED = Plan(
     "distilled", 800, 0.0, 0, 512,
-    taut.Recover(epochs=50, learning_rate=2.5e-3, distill=1.0, temperature=20.0),
+    taut.Recover(epochs=30, learning_rate=2.5e-3, distill=1.0, temperature=20.0),
 )  # fmt: skip
 
 
