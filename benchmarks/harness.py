@@ -47,7 +47,7 @@ def run(
     beside: the heading of the column with what each figure is compared with.
     --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
     naming the figure, when one falls short. --seed: of everything random. --only: some rows, which
-    take their place in a record that is there.
+    take their place in a record that is there. Each row tells with what it was measured.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="a tiny pass that CI runs")
@@ -61,15 +61,13 @@ def run(
     figures = measure(options)
     Console().print(_table(title, figures, beside))
     if options.json:
+        measured = {"seed": options.seed, "versions": versions(), "machine": machine()}
         record: dict[str, Any] = {
             "title": title,
             "script": Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
             "beside": beside,
             "quick": options.quick,
-            "seed": options.seed,
-            "versions": versions(),
-            "machine": machine(),
-            "figures": [{**asdict(f), "holds": f.holds} for f in figures],
+            "figures": [{**asdict(f), "holds": f.holds, "measured": measured} for f in figures],
         }
         if options.only and options.json.is_file():
             record = joined(json.loads(options.json.read_text()), record)
@@ -83,10 +81,10 @@ def run(
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A record whose rows come from several runs, each in the place that it has had.
 
-    Rows that were not measured again stay, where all but the rows is the same.
+    Rows that were not measured again stay as they are, on whatever machine they were measured; but
+    rows of a quick pass and rows that count never stand in one record.
     """
-    same = all(old.get(k) == v for k, v in new.items() if k != "figures")
-    if not same:
+    if old["quick"] != new["quick"]:
         return new
     again = {f["name"]: f for f in new["figures"]}
     kept = [again.pop(f["name"], f) for f in old["figures"]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def rows(record: dict[str, Any]) -> list[str]:
-    """The rows of one record: figure, the paper's, what is asked, ours."""
-    lines = []
+    """The rows of one record: figure, the paper's, what is asked, ours.
+
+    A row that was measured with something else than most of them says so after its name.
+    """
+    lines, usual = [], _usual(record)
     for f in record["figures"]:
         asked = f"{'≤' if f['at_most'] else '≥'} {_number(f['asked'])}{f['unit']}"
         ours = f"**{_number(f['ours'])}{f['unit']}**{'' if f['holds'] else ' (falls short)'}"
-        lines.append(f"| {f['name']} | {f['paper']} | {asked} | {ours} |")
+        other = [part for part in _with(f["measured"]) if part not in usual]
+        name = f["name"] + (f" ({', '.join(other)})" if other else "")
+        lines.append(f"| {name} | {f['paper']} | {asked} | {ours} |")
     return lines
 
 
@@ -35,10 +41,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     """The section for some records, by the name of their file."""
     parts = []
     for record in records.values():
-        machine, versions = record["machine"], record["versions"]
         parts += [
-            f"{record['title']}; `python {record['script']}` (seed {record['seed']}, "
-            f"{machine['processor']}, {machine['threads']} threads, PyTorch {versions['torch']}).",
+            f"{record['title']}; `python {record['script']}` ({', '.join(_usual(record))}).",
             *(["Bytes are those of the written file."] if record["beside"] == "paper" else []),
             "",
             f"| figure | {record['beside']} | asked | Taut |",
@@ -47,6 +51,18 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             "",
         ]
     return "\n".join(parts)
+
+
+def _with(measured: dict[str, Any]) -> tuple[str, ...]:
+    """What a row was measured with."""
+    machine, torch = measured["machine"], measured["versions"]["torch"]
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    return f"seed {measured['seed']}", machine["processor"], threads, f"PyTorch {torch}"
+
+
+def _usual(record: dict[str, Any]) -> tuple[str, ...]:
+    """What most rows of a record were measured with."""
+    return Counter(_with(f["measured"]) for f in record["figures"]).most_common(1)[0][0]
 
 
 def write(document: str, headlines: bool = False) -> str:

@@ -104,7 +104,9 @@ def train():
         for other in processes.gathered(found["whole"][0])
         for a, b in zip(other.values(), found["whole"][0].values(), strict=True)
     )
-    found["resumed"] = resumed_alike(ema=0.9)
+    found["resumed"] = [
+        resumed_alike(**how) for how in ({"ema": 0.9}, {"communication": "powersgd"})
+    ]
     found["stopped"] = stopped_alike()
     return found
 

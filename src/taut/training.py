@@ -35,7 +35,7 @@ class Training(Setting):
     the averaged weights are scored and kept, not those that train.
     label_smoothing: as torch's cross-entropy does it, (1 - s) on the class and s / classes on all.
     communication: PyTorch's hooks for gradients between processes; powersgd sends them in rank 4
-    (Vogels, Karimireddy, Jaggi, NeurIPS 2019), whole for the first ten steps of a start or restart.
+    (Vogels, Karimireddy, Jaggi, NeurIPS 2019), whole for the first ten steps.
     """
 
     precision: str = option(
@@ -83,8 +83,10 @@ class Training(Setting):
             return smoothed(output, target)  # type: ignore[no-any-return]
         return F.cross_entropy(output, target, label_smoothing=self.label_smoothing)
 
-    def shared(self, objective: nn.Module) -> DistributedDataParallel:
-        """The objective with gradients that all processes share, sent as asked.
+    def shared(
+        self, objective: nn.Module
+    ) -> tuple[DistributedDataParallel, powerSGD_hook.PowerSGDState | None]:
+        """The objective with gradients that all processes share, sent as asked; PowerSGD's memory.
 
         PowerSGD talks from several threads, so all gradients go in one bucket, and nothing else
         may be sent meanwhile: every parameter must take part in every loss.
@@ -96,7 +98,7 @@ class Training(Setting):
                 None, matrix_approximation_rank=4, start_powerSGD_iter=_POWERSGD_START
             )
             whole.register_comm_hook(remembered, powerSGD_hook.powerSGD_hook)
-            return whole
+            return whole, remembered
         shared = DistributedDataParallel(objective, find_unused_parameters=True)
         hooks = {
             "float16": default_hooks.fp16_compress_hook,
@@ -110,7 +112,7 @@ class Training(Setting):
                     f"training: communication={self.communication!r} does not work between these "
                     f"processes ({error}); use float16 or powersgd"
                 ) from error
-        return shared
+        return shared, None
 
 
 class Average:

@@ -104,15 +104,11 @@ class Rounded(Form):
         return exact + (exact.bfloat16().float() - exact).detach()
 
     def forward(self, core: Tensor) -> Tensor:
-        step = self.step()
-        scaled = core / step
-        return (scaled + (_whole(scaled) - scaled).detach()) * step
+        return cast(Tensor, _Rounding.apply(core, self.step()))  # type: ignore[no-untyped-call]
 
     def rate(self, core: Tensor, outer: Tensor | None) -> Tensor:
-        scaled = core / self.step()
-        if outer is not None:
-            scaled = scaled[outer]
-        return cast(Tensor, _CodeLength.apply(scaled))  # type: ignore[no-untyped-call]
+        held = core if outer is None else core[outer]
+        return cast(Tensor, _CodeLength.apply(held, self.step()))  # type: ignore[no-untyped-call]
 
     def clear(self, core: Tensor | None, where: Tensor) -> bool:
         if core is not None:
@@ -141,21 +137,39 @@ def _whole(scaled: Tensor) -> Tensor:
     return scaled.detach().round().clamp(-MOST, MOST)
 
 
+class _Rounding(torch.autograd.Function):
+    """step · round(core / step); the gradient passes straight through, to the core and the step."""
+
+    @staticmethod
+    def forward(ctx: Any, core: Tensor, step: Tensor) -> Tensor:
+        scaled = core / step
+        q = _whole(scaled)
+        ctx.save_for_backward(q - scaled)
+        return q.mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (rest,) = ctx.saved_tensors
+        return grads[0], (grads[0] * rest).sum()
+
+
 class _CodeLength(torch.autograd.Function):
     """Bits of the rounded numbers; the gradient is the slope of the expected length."""
 
     @staticmethod
-    def forward(ctx: Any, scaled: Tensor) -> Tensor:
+    def forward(ctx: Any, core: Tensor, step: Tensor) -> Tensor:
+        scaled = core / step
         bits, first, more = code_length(_whole(scaled))
-        ctx.save_for_backward(scaled, first)
+        ctx.save_for_backward(scaled, first, step)
         ctx.more = more
         return bits
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        scaled, first = ctx.saved_tensors
-        slope = torch.where(scaled.abs() < 1, first, ctx.more)
-        return cast(Tensor, grads[0] * slope * scaled.sign())
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        scaled, first, step = ctx.saved_tensors
+        slope = torch.where(scaled.abs() < 1, first, ctx.more).mul_(scaled.sign())
+        slope.mul_(grads[0] / step)
+        return slope, -(slope * scaled).sum()
 
 
 _MOST_MORE = 4.0  # rounding holds what lies a little above 1: it is not to be pulled as from 2
@@ -170,34 +184,61 @@ def code_length(q: Tensor) -> tuple[Tensor, Tensor, float]:
     instead of 0 (the others as they are), of q's shape; and what each further unit costs.
     """
     table = q.flatten(1) if q.dim() > 1 else q[None]
-    found = (table != 0).to(torch.float32)
-    count, total = float(found.sum()), float(q.abs().sum())
-    chance = _chances(found, 1.0)
-    first = ((1 - chance) / chance).log2().clamp(min=0)
-    chance = _chances(found, _UNSEEN)
-    bits = -torch.where(found > 0, chance, 1 - chance).log2().sum()
+    found = _Found(table != 0)
+    count, total = float(found.count), float(q.abs().sum())
+    there, empty = (found.chances(own, _UNSEEN) for own in (1, 0))
+    none = -(1 - empty).log2()
+    bits = found.often(none) + (-there.log2() - none)[found.kinds].sum()
     stops = (count + 1) / (total + 2)  # sizes are geometric: the chance that one goes no further
     sign, more = 1 - math.log2(stops), -math.log2(1 - stops)
     bits = bits + count * sign + (total - count) * more
+    there, empty = ((1 / found.chances(own, 1.0) - 1).log2().clamp(min=0) for own in (1, 0))
+    first = empty[found.row_kinds].index_select(1, found.column_kinds)
+    first[found.places] = there[found.kinds]
     return bits, (first + sign).reshape(q.shape), min(more, _MOST_MORE)
 
 
-def _chances(found: Tensor, prior: float) -> Tensor:
-    """How likely each place is to hold a number, by the others of its column and its row.
+class _Found:
+    """Where numbers are not zero, and how likely that was, by the others of each row and column.
 
-    found: [rows, columns] of 0 and 1. prior: how much is known before any is seen, in units of
-    what the coder's bitmap assumes.
+    What is likely depends on how many there are in the row and in the column, and on the place
+    itself: rows of one count are of one kind, so that a small table holds all chances.
     """
-    rows, columns = found.shape
-    in_column, in_row = found.sum(0, keepdim=True), found.sum(1, keepdim=True)
-    overall = (float(in_row.sum()) + 0.5) / (found.numel() + 1)
-    if rows == 1:
-        chance = (in_row - found + 0.5 * prior) / (columns - 1 + prior)
-    else:
-        density = (in_column - found + 2 * prior * overall) / (rows - 1 + 2 * prior)
-        fullness = (in_row - found + prior) / (overall * columns + prior)
-        chance = density * fullness
-    return chance.clamp(2.0**-20, 1 - 2.0**-5)
+
+    def __init__(self, found: Tensor) -> None:
+        self.rows, self.columns = found.shape
+        counted = found.to(torch.float32)
+        self.in_row, self.row_kinds, self.alike = _kinds(counted.sum(1))
+        self.in_column, self.column_kinds, self.alike_columns = _kinds(counted.sum(0))
+        self.count = self.in_row @ self.alike
+        self.places = found.nonzero(as_tuple=True)
+        self.kinds = (self.row_kinds[self.places[0]], self.column_kinds[self.places[1]])
+
+    def often(self, of_kinds: Tensor) -> Tensor:
+        """The sum over all places of what each kind of place has. of_kinds: [rows', columns']."""
+        return self.alike @ of_kinds @ self.alike_columns
+
+    def chances(self, own: int, prior: float) -> Tensor:
+        """How likely a place of each kind is to hold a number, where it itself holds `own`.
+
+        prior: how much is known before any is seen, in units of what the coder's bitmap assumes.
+        """
+        in_row, in_column = self.in_row[:, None] - own, self.in_column[None] - own
+        overall = (self.count + 0.5) / (self.rows * self.columns + 1)
+        if self.rows == 1:
+            chance = (in_row + 0.5 * prior) / (self.columns - 1 + prior) + 0 * in_column
+        else:
+            density = (in_column + 2 * prior * overall) / (self.rows - 1 + 2 * prior)
+            chance = density * (in_row + prior) / (overall * self.columns + prior)
+        return chance.clamp(2.0**-20, 1 - 2.0**-5)
+
+
+def _kinds(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The different counts, which of them each row has, and how many rows have it."""
+    values, kinds, alike = counts.unique(  # type: ignore[no-untyped-call]
+        return_inverse=True, return_counts=True
+    )
+    return values, kinds, alike.to(torch.float32)
 
 
 @register_format("integers.v1")
