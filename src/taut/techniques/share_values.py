@@ -45,6 +45,7 @@ __all__ = ["ShareValues", "SharedValues"]
 
 _log = logging.getLogger("taut")
 _ROUNDS = 300  # of k-means at most: it ends as soon as nothing moves
+_ROUNDS_OF_VECTORS = 50  # which move for much longer, and gain little
 
 _UNSEEN = 1e-3
 """What a weight counts whose input was zero in all the calibration data, relative to the mean."""
@@ -198,7 +199,7 @@ class ShareValues(Recoding):
         """The table that suits these points: [stored · vector], of single values sorted."""
         if self.vector > 1:
             return vector_k_means(
-                points, weights, self._stored, self.init, _ROUNDS, self.symmetric
+                points, weights, self._stored, self.init, _ROUNDS_OF_VECTORS, self.symmetric
             ).flatten()  # fmt: skip
         sizes = points.abs() if self.symmetric else points
         if self.weigh == "equal" or not len(points):
