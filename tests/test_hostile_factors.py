@@ -46,7 +46,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "rank_void": (entries(["a", [1 << 39, 0], low_rank(1)]), "claim 549,755,813,888 numbers"),
     "rank_empty": (entries(["a", [8, 0], low_rank(1)]), r"rank must lie in \[1, 0\]"),
     "rank_dry": (
-        entries(["a", [1 << 9, 1 << 10], low_rank(1 << 9)], stream=DRY), "the coded stream",
+        entries(["a", [1 << 9, 1 << 10], low_rank(1 << 8)], stream=DRY), "the coded stream",
     ),
 }  # fmt: skip
 KEPT = ("rank_dry", "rank_huge", "rank_vector")

@@ -237,7 +237,7 @@ def test_only_chooses_and_excludes():
 
 
 def test_group_lasso_empties_whole_filters(task):
-    net = trained_by(task, kind="group_lasso", groups="filters", weight=1e-2)
+    net = trained_by(task, kind="group_lasso", groups="filters", weight=2e-2)
     taut.apply(net, PruneWeights(threshold=5e-3), task)
     filled = tensor_at(net, "conv2.weight").detach().flatten(1) != 0
     assert 1 <= int(filled.any(1).sum()) <= 10
