@@ -17,6 +17,7 @@ from taut import report_data
 from taut.errors import RunError
 from taut.layers import packed_layers
 from taut.packed import Plain
+from taut.report import write_report
 from taut.report_data import LayerRow, ReportData
 from taut.techniques.share_values import SharedValues
 from taut.types import Choice
@@ -256,3 +257,17 @@ def test_another_file_than_the_measured_one_is_refused(
     taut.pack(model, tmp_path / "net.taut")
     with pytest.raises(RunError, match=r"that were measured; it was replaced since"):
         report_data.report_data(replace(result, folder=tmp_path), model)
+
+
+def test_what_the_original_did_not_have_is_told_too(trained, task, tmp_path):
+    recipe = "low_rank(rank='ratio', ratio=0.4, only='0') > quantize(bits=4, activations=8)"
+    result = taut.compress(trained, task, recipe, folder=tmp_path / "run")
+    data = report_data.report_data(result, trained)
+    told = {t.names[0]: t for t in data.tensors}
+    assert told["3:input"].before_bytes == told["0.0.weight"].before_bytes == 0
+    assert told["3.weight"].before_bytes == 4 * 48 * 32
+    assert [w.name for w in data.weights] == [a.name for a in data.angles] == [
+        "3.weight", "5.weight",
+    ]  # fmt: skip
+    write_report(result, trained)
+    assert "3:input" in (tmp_path / "run" / "report.html").read_text()

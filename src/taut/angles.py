@@ -61,7 +61,7 @@ def angles(
     """The angles of every recoded weight of two or more dimensions.
 
     recoded: the same network, loaded from a .taut file, or with forms on it. names: of the weights;
-    by default those whose numbers are packed, or differ.
+    by default those whose numbers are packed, or differ, and whose shape is as it was.
     """
     if names is None:
         every = (n for n, p in original.named_parameters() if p.dim() > 1)
@@ -111,9 +111,14 @@ def held_at(model: nn.Module, name: str) -> Tensor:
 
 
 def _is_recoded(original: nn.Module, recoded: nn.Module, name: str) -> bool:
+    before = tensor_at(original, name)
+    try:
+        after = held_at(recoded, name)
+    except AttributeError:  # another structure
+        return False
     module, leaf = owner(recoded, name)
     packed = isinstance(module, Packed) and leaf in module.packed
-    return packed or not torch.equal(tensor_at(original, name).cpu(), held_at(recoded, name).cpu())
+    return after.shape == before.shape and (packed or not torch.equal(before.cpu(), after.cpu()))
 
 
 def _spread(each: Tensor) -> float:

@@ -23,6 +23,15 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     return cast(Tensor, getattr(module, parameter))
 
 
+def tensor_or_none(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of this dotted name, or None where the model has none."""
+    try:
+        found = tensor_at(model, name)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
 def parametrization(model: nn.Module, name: str) -> parametrize.ParametrizationList | None:
     """What computes the parameter of this name; None where it is stored plainly."""
     module, parameter = owner(model, name)

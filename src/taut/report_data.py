@@ -19,7 +19,7 @@ from taut.compress import Result
 from taut.errors import RunError
 from taut.goal import value_of
 from taut.layers import Packed
-from taut.modules import owner, tensor_at
+from taut.modules import owner, tensor_at, tensor_or_none
 from taut.pack import FileSummary, StoredTensor, inspect
 from taut.packed import PackedWeight
 from taut.recipe import Recipe
@@ -327,14 +327,15 @@ def _candidates(result: Result) -> tuple[CandidateRow, ...]:
 
 
 def _tensor(stored: StoredTensor, original: nn.Module, left: Sequence[LeftAlone]) -> TensorRow:
-    raw = tensor_at(original, stored.names[0])
+    raw = tensor_or_none(original, stored.names[0])  # none: of an input, or of a new structure
     parts = tuple(
         PartRow(name=name, size_bytes=p.bits / 8, huffman_bytes=p.huffman_bits / 8)
         for name, p in stored.parts.items()
     )
     return TensorRow(
         names=stored.names, shape=stored.shape, numel=stored.numel, format=stored.format,
-        before_bytes=raw.numel() * raw.element_size(), after_bytes=stored.size_bytes,
+        before_bytes=0 if raw is None else raw.numel() * raw.element_size(),
+        after_bytes=stored.size_bytes,
         huffman_bytes=sum(p.huffman_bytes for p in parts),
         bits_per_weight=8 * stored.size_bytes / max(stored.numel, 1), parts=parts,
         left=tuple(g for g in left if g.site in stored.names),
@@ -366,15 +367,15 @@ def _weights(
     rows = []
     for stored in summary.tensors:
         name = stored.names[0]
-        before = tensor_at(original, name).detach()
+        before = tensor_or_none(original, name)
         is_site = stored.format != "plain.v1" or len(stored.shape) >= 2
-        if is_site and before.is_floating_point() and stored.numel:
+        if before is not None and is_site and before.is_floating_point() and stored.numel:
             module, leaf = owner(packed, name)
             weight = None
             if isinstance(module, Packed) and leaf in module.packed:
                 weight = cast(PackedWeight, module.packed[leaf])
             after = tensor_at(packed, name).detach() if weight is None else weight.dense()
-            rows.append(_site_weights(name, _floats(before), _floats(after), weight))
+            rows.append(_site_weights(name, _floats(before.detach()), _floats(after), weight))
     return tuple(rows)
 
 
