@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -111,6 +111,20 @@ def _round(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
 class InputCode(PackedWeight):
     """What a layer's input is rounded to. shape: of its own few numbers, which `dense` gives."""
 
+    def __init__(self, shape: Iterable[int]) -> None:
+        super().__init__(shape)
+        self._kept: list[Levels | None] = []
+
+    def forget(self) -> None:
+        super().forget()
+        self._kept = []
+
+    def kept_levels(self) -> Levels | None:
+        """`levels`, made once: every forward reads them."""
+        if not self._kept:
+            self._kept = [self.levels()]
+        return self._kept[0]
+
     @abstractmethod
     def rounded(self, x: Tensor, dim: int = -1) -> Tensor:
         """x as it is multiplied: the definition that every kernel is held to.
@@ -131,7 +145,7 @@ class InputCode(PackedWeight):
 
     def product(self, weight: PackedWeight, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]: the weight's product with `rounded(x)`."""
-        levels = self.levels()
+        levels = self.kept_levels()
         y = None if levels is None else weight.matmul_levels(x, levels)
         if y is None and (numbers := self.whole(x)) is not None:
             y = weight.matmul_int8(*numbers)
@@ -142,7 +156,7 @@ class InputCode(PackedWeight):
         groups: int,
     ) -> Tensor:  # fmt: skip
         """x [n, in, height, width] → [n, out, height, width]; zeros pad what was rounded."""
-        levels = self.levels()
+        levels = self.kept_levels()
         y = None
         if levels is not None:
             y = weight.conv2d_levels(x, levels, stride, padding, dilation, groups)
@@ -315,7 +329,9 @@ class LevelCode(InputCode):
         )
 
     def rounded(self, x: Tensor, dim: int = -1) -> Tensor:
-        return decoded(self.levels(), x, dim)
+        levels = self.kept_levels()
+        assert levels is not None
+        return decoded(levels, x, dim)
 
 
 def decoded(levels: Levels, x: Tensor, dim: int = -1) -> Tensor:

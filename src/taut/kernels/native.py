@@ -94,9 +94,6 @@ def restricted(to: tuple[str, ...]) -> Iterator[None]:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
 def runs(x: Tensor, *parts: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
     """Whether a kernel can take this input: on the CPU, of such a dtype, no gradient asked."""
     if not LOADED or x.dtype not in dtypes or not x.is_cpu:
