@@ -11,6 +11,7 @@ whatever their weights are.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from taut.kernels import Levels
 from taut.modules import owner
 from taut.packed import Meta, PackedWeight, Pair, ReadChild, register_format
 from taut.types import Site
+
+_log = logging.getLogger("taut")
 
 SUFFIX = ":input"
 """What is added to a layer's name for the name of its code in a file."""
@@ -70,6 +73,14 @@ def reads_once(model: nn.Module, site: Site) -> bool:
     """Whether what the site is multiplied with is the input of a layer that may be rounded."""
     path, _, leaf = site.name.rpartition(".")
     return leaf == "weight" and len(site.names) == 1 and may_round(model, path)
+
+
+def left_real(model: nn.Module, sites: Iterable[Site], who: str) -> set[str]:
+    """The sites whose layer's input cannot be rounded, by name; the log tells them."""
+    names = {s.name for s in sites if not reads_once(model, s)}
+    if names:
+        _log.info("%s: what %s read stays as it is", who, ", ".join(sorted(names)))
+    return names
 
 
 def place_input(model: nn.Module, path: str, form: InputForm, recipe: str) -> None:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from taut.activations import InputCode, InputForm, LevelCode, reads_once
+from taut.activations import InputCode, InputForm, LevelCode, left_real
 from taut.bit_weight import BitWeight
 from taut.errors import RecipeError
 from taut.kernels import Levels
@@ -81,9 +81,7 @@ class Binarize(Recoding):
     ) -> dict[str, Technique]:
         if not self.ends:
             _log.info("binarize: the first and the last site stay as they are (ends=True)")
-        real = {s.name for s in sites if not reads_once(model, s)}
-        if self.activations != "real" and real:
-            _log.info("binarize: what %s read stays real", ", ".join(sorted(real)))
+        real = left_real(model, sites, self.name) if self.activations != "real" else set()
         left = replace(self, activations="real")
         return {s.name: left if s.name in real else self for s in sites}
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from taut.activations import InputCode, InputForm, LevelCode, reads_once
+from taut.activations import InputCode, InputForm, LevelCode, left_real
 from taut.bit_weight import BitWeight
 from taut.errors import RecipeError
 from taut.kernels import Levels
@@ -63,9 +63,7 @@ class LearnedLevels(Recoding):
     ) -> dict[str, Technique]:
         if not self.ends:
             _log.info("learned_levels: the first and the last site stay as they are (ends=True)")
-        real = {s.name for s in sites if not reads_once(model, s)}
-        if self.activations and real:
-            _log.info("learned_levels: what %s read stays as it is", ", ".join(sorted(real)))
+        real = left_real(model, sites, self.name) if self.activations else set()
         left = replace(self, activations=0)
         return {s.name: left if s.name in real else self for s in sites}
 
