@@ -162,13 +162,13 @@ class Grow(Edit):
         ([["resize", {"sizes": {}, "attributes": {"0.bias": "x"}}]], "attributes is of another"),
         (
             [["resize", {"sizes": {"0.weight": [5, 4]}, "attributes": {}}]],
-            r"0.weight of shape \[4, 4\] cannot shrink to \[5, 4\]",
+            r"0.weight of shape \[4, 4\] cannot become \[5, 4\]",
         ),
         (
             [["resize", {"sizes": {"0.weight": [0, 4]}, "attributes": {}}]],
-            r"cannot shrink to \[0, 4\]",
+            r"cannot become \[0, 4\]",
         ),
-        ([["resize", {"sizes": {"0.weight": [4]}, "attributes": {}}]], r"cannot shrink to \[4\]"),
+        ([["resize", {"sizes": {"0.weight": [4]}, "attributes": {}}]], r"cannot become \[4\]"),
         ([["resize", {"sizes": {"0.forward": [4]}, "attributes": {}}]], "of shape method cannot"),
         (
             [["resize", {"sizes": {"no.weight": [4]}, "attributes": {}}]],
@@ -185,6 +185,16 @@ class Grow(Edit):
         ),
         ([["resize", {"sizes": {}, "attributes": {"0.__class__": 1}}]], "which is None, cannot"),
         ([["grow", {}]], "may not make a network larger, and this one makes"),
+        (
+            [["widen", {"sizes": {"0.weight": [9, 4]}, "attributes": {}}]],
+            r"widen: 0.weight of shape \[4, 4\] cannot become \[9, 4\]",
+        ),
+        ([["widen", {"sizes": {"0.weight": [3, 4]}, "attributes": {}}]], r"become \[3, 4\]"),
+        (
+            [["widen", {"sizes": {}, "attributes": {"0.in_features": 9}}]],
+            "0.in_features, which is 4, cannot become 9",
+        ),
+        ([["widen", {"sizes": {}, "attributes": {}}]] * 2, "a network is widened once"),
     ],
 )
 def test_hostile_edits_are_refused_and_the_model_is_untouched(raw, told, tmp_path, monkeypatch):

@@ -4,9 +4,10 @@ A reshaping technique changes a live network and notes each change; `pack` write
 the file, and `load` replays them before it fills in the numbers. So an edit makes structure only,
 and says no more than it must: a cut is the new sizes, a factored layer its path and rank.
 
-An edit never makes a network larger, so that a hostile file cannot cost more than the model that
-it is loaded into. Its options are JSON: text, whole numbers, truth values, lists and objects of
-them; they are checked by their types before they are used.
+An edit never makes a network larger, but for one `Widen`, which at most doubles widths: a hostile
+file cannot cost more than four times the model that it is loaded into. Its options are JSON: text,
+whole numbers, truth values, lists and objects of them; they are checked by their types before they
+are used.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Edit(ABC):
     """One change of a network's structure. Its fields are JSON, and their types are checked."""
 
     kind: ClassVar[str]
+    most: ClassVar[int] = 1
+    """How many times larger it may make a network."""
 
     @abstractmethod
     def replay(self, model: nn.Module) -> nn.Module:
@@ -78,7 +81,7 @@ def replay(model: nn.Module, changes: Sequence[Edit]) -> nn.Module:
             raise FormatError(
                 f"{edit.kind}: {error}; build the model that was compressed"
             ) from error
-        if _numbers(model) > held:
+        if _numbers(model) > edit.most * held:
             raise FormatError(
                 f"{edit.kind}: an edit may not make a network larger, and this one makes "
                 f"{_numbers(model):,} numbers of {held:,}"
@@ -130,7 +133,7 @@ def _is(value: Any, hint: Any) -> bool:
     return any(_is(value, p) for p in parts) if parts else type(value) is hint
 
 
-# ---- cuts -----------------------------------------------------------------------------------
+# ---- cuts and copies ------------------------------------------------------------------------
 
 
 @register_edit
@@ -148,23 +151,69 @@ class Resize(Edit):
 
     def replay(self, model: nn.Module) -> nn.Module:
         for name, size in self.sizes.items():
-            _resize(model, name, size)
+            self._resize(model, name, size)
         for name, value in self.attributes.items():
-            _set(model, name, value)
+            self._set(model, name, value)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 drop_flat_weights(module)
         return model
 
+    def _resize(self, model: nn.Module, name: str, size: list[int]) -> None:
+        module, leaf = owner(model, name)
+        held = getattr(module, leaf)
+        fits = isinstance(held, Tensor) and held.dim() == len(size)
+        if not fits or not self._may_become(held.shape, size):
+            had = list(held.shape) if isinstance(held, Tensor) else type(held).__name__
+            raise FormatError(f"{self.kind}: {name} of shape {had} cannot become {size}")
+        replace_tensor(model, held, held.new_zeros(size))
 
-def _resize(model: nn.Module, name: str, size: list[int]) -> None:
-    module, leaf = owner(model, name)
-    held = getattr(module, leaf)
-    fits = isinstance(held, Tensor) and held.dim() == len(size)
-    if not fits or not all(1 <= n <= was for n, was in zip(size, held.shape, strict=True)):
-        had = list(held.shape) if isinstance(held, Tensor) else type(held).__name__
-        raise FormatError(f"resize: {name} of shape {had} cannot shrink to {size}")
-    replace_tensor(model, held, held.new_zeros(size))
+    def _set(self, model: nn.Module, name: str, value: int | list[int]) -> None:
+        module, leaf = owner(model, name)
+        held = module.__dict__.get(leaf)
+        if isinstance(value, int):
+            fits = type(held) is int and self._may(held, value)
+        else:
+            sized = isinstance(held, tuple | list) and len(held) == len(value)
+            fits = sized and all(
+                type(was) is int and self._may(was, n)
+                for was, n in zip(cast("Sequence[Any]", held), value, strict=True)
+            )
+        if not fits:
+            raise FormatError(
+                f"{self.kind}: {name}, which is {reprlib.repr(held)}, cannot become {value}"
+            )
+        setattr(
+            module, leaf, tuple(value) if isinstance(value, list) and type(held) is tuple else value
+        )
+
+    def _may_become(self, was: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether a tensor of as many dimensions may have this shape."""
+        return all(n >= 1 and self._may(w, n) for w, n in zip(was, size, strict=True))
+
+    def _may(self, was: int, size: int) -> bool:
+        """Whether a number may take another's place."""
+        return 0 <= size <= was
+
+
+@register_edit
+@dataclass(frozen=True, kw_only=True)
+class Widen(Resize):
+    """The same with sizes that are no smaller, and at most twice as large; once in a network."""
+
+    most: ClassVar[int] = 4
+
+    def replay(self, model: nn.Module) -> nn.Module:
+        if any(isinstance(e, Widen) for e in of(model)):
+            raise FormatError("widen: a network is widened once, and this one was before")
+        return super().replay(model)
+
+    def _may_become(self, was: Sequence[int], size: Sequence[int]) -> bool:
+        wider = sum(n > w for w, n in zip(was, size, strict=True))
+        return wider <= 2 and super()._may_become(was, size)
+
+    def _may(self, was: int, size: int) -> bool:
+        return was <= size <= 2 * was
 
 
 def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
@@ -175,21 +224,3 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
         for held in (module._parameters, module._buffers):
             for leaf in [n for n, tensor in held.items() if tensor is old]:
                 cast("dict[str, Tensor | None]", held)[leaf] = new
-
-
-def _set(model: nn.Module, name: str, value: int | list[int]) -> None:
-    module, leaf = owner(model, name)
-    held = module.__dict__.get(leaf)
-    if isinstance(value, int):
-        fits = type(held) is int and 0 <= value <= held
-    else:
-        sized = isinstance(held, tuple | list) and len(held) == len(value)
-        fits = sized and all(
-            type(was) is int and 0 <= n <= was
-            for n, was in zip(value, cast("Sequence[Any]", held), strict=True)
-        )
-    if not fits:
-        raise FormatError(f"resize: {name}, which is {reprlib.repr(held)}, cannot become {value}")
-    setattr(
-        module, leaf, tuple(value) if isinstance(value, list) and type(held) is tuple else value
-    )

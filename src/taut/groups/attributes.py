@@ -84,11 +84,11 @@ def _votes(
     for slot, value in held.items():
         by_value.setdefault((slot[0], value), []).append(slot)
     votes: dict[Slot, _Votes] = {}
-    dead = groups.dead(cuts)
+    times = groups.times(cuts)
     for literal in groups.flow.literals:
         new = literal.value
         if literal.labels is not None:
-            new = len(groups.kept(literal.labels, dead))
+            new = len(groups.kept(literal.labels, times))
         stack = [p for p in reversed(literal.modules) if p in modules]
         if literal.name:
             named = (stack[0] if stack else "", literal.name, -1)

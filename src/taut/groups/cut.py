@@ -13,16 +13,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taut import edits
-from taut.edits import Resize
+from taut.edits import Resize, Widen
 from taut.errors import RecipeError
 from taut.groups.attributes import Slot, put, ways
-from taut.groups.find import Cuts, Groups
+from taut.groups.find import Cuts, Groups, Times
 from taut.groups.flow import module_stack, op_name, shape_of
 from taut.groups.running import Shapes, run
 from taut.modules import owner
@@ -31,6 +29,8 @@ from taut.trace import export
 
 def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
     """Keep these units of these groups, and no others, in place; returns the edit, which is noted.
+
+    A unit that is to be kept twice is copied, with all that it is made of and all that reads it.
 
     groups: of this very network, or one of the same shapes. Raises RecipeError where the model is
     another, where units are kept that are none, and where the network would not run: the model is
@@ -46,7 +46,8 @@ def cut(model: nn.Module, groups: Groups, keep: Cuts) -> Resize:
         except Exception as error:  # whatever the network makes of other sizes
             wrong = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         if not wrong:
-            made = Resize(sizes=sizes, attributes=_as_data(model, values))
+            grown = any(len(k) > groups[name].units for name, k in keep.items())
+            made = (Widen if grown else Resize)(sizes=sizes, attributes=_as_data(model, values))
             edits.note(model, made)
             return made
         reasons.append(wrong)
@@ -66,7 +67,7 @@ def slice_tensors(
 ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
     """Cut the parameters and buffers alone; returns their new sizes, and what they held before."""
     _check_fits(model, groups)
-    planned, dead = groups.shapes(keep), groups.dead(keep)
+    planned, times = groups.shapes(keep), groups.times(keep)
     before: dict[str, Tensor] = {}
     sizes: dict[str, list[int]] = {}
     with torch.no_grad():
@@ -77,8 +78,8 @@ def slice_tensors(
                 continue
             before[name], new = held.data, held.data
             for dim, labels in enumerate(dims):
-                places = torch.from_numpy(groups.kept(labels, dead)).to(held.device)
-                if len(places) < len(labels):
+                places = torch.from_numpy(groups.kept(labels, times)).to(held.device)
+                if len(places) != len(labels):
                     new = new.index_select(dim, places)
             held.data = new.contiguous()
             held.grad = None
@@ -125,10 +126,10 @@ def _check(model: nn.Module, groups: Groups, keep: Cuts, sure: bool) -> str:
             return f"{path} gives {list(ran.widths[path])}, planned were {list(wanted)}"
     if ran.outputs != before.outputs:
         return f"the outputs are {ran.outputs[:3]}, not {before.outputs[:3]}"
-    return "" if sure and ran.steps == before.steps else _compare(model, groups, groups.dead(keep))
+    return "" if sure and ran.steps == before.steps else _compare(model, groups, groups.times(keep))
 
 
-def _compare(model: nn.Module, groups: Groups, dead: NDArray[np.bool_]) -> str:
+def _compare(model: nn.Module, groups: Groups, times: Times) -> str:
     """Step by step, the graph of the cut network against the plan; empty where all is well."""
     before, after = (
         [n for n in g.graph.nodes if n.op == "call_function" and op_name(n) not in _FLEETING]
@@ -137,10 +138,10 @@ def _compare(model: nn.Module, groups: Groups, dead: NDArray[np.bool_]) -> str:
     if [op_name(n) for n in before] != [op_name(n) for n in after]:
         return "it computes by other steps than before"
     for old, new in zip(before, after, strict=True):
-        if groups.planned(old, dead) != shape_of(new):
+        if groups.planned(old, times) != shape_of(new):
             return (
                 f"{op_name(old)} in {(module_stack(old) or [''])[-1] or 'the model'} gives "
-                f"{list(shape_of(new))}, planned were {list(groups.planned(old, dead))}"
+                f"{list(shape_of(new))}, planned were {list(groups.planned(old, times))}"
             )
     return ""
 
@@ -151,14 +152,14 @@ _FLEETING = {"alias", "slice", "expand", "contiguous", "clone", "_assert_tensor_
 
 def planned_widths(groups: Groups, keep: Cuts) -> Shapes:
     """What each layer should give after a cut, where its output is the last that it computes."""
-    dead = groups.dead(keep)
+    times = groups.times(keep)
     last = {}
     for node in groups.graph.graph.nodes:
         stack = module_stack(node)
         if stack and node.op == "call_function":
             last[stack[-1]] = node
     return {
-        path: groups.planned(node, dead)
+        path: groups.planned(node, times)
         for path, node in last.items()
         if groups.ran.widths.get(path) == shape_of(node)
     }

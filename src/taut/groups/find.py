@@ -22,7 +22,9 @@ assert movement  # and so does this
 
 Places = NDArray[np.int64]
 Cuts = Mapping[str, Sequence[int]]
-"""For each group by name, the units that stay."""
+"""For each group by name, the units that stay; one that stands there twice is copied."""
+Times = NDArray[np.int64]
+"""How often each symbol stands after a cut: 0 where it goes, 1 where it stays, more if copied."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,9 +188,9 @@ class Groups:
             here = {int(r) for d in touched for x in d for r in np.unique(symbols.find(x))}
             before = _macs(node, op, shape_of)
             for root in here & first.keys():
-                dead = np.zeros(int(symbols._count), bool)
-                dead[root] = True
-                after = _macs(node, op, lambda n, dead=dead: self.planned(n, dead))
+                times = np.ones(int(symbols._count), np.int64)
+                times[root] = 0
+                after = _macs(node, op, lambda n, times=times: self.planned(n, times))
                 saved[first[root]] += before - after
         return [s // self.batch for s in saved]
 
@@ -202,35 +204,43 @@ class Groups:
         near = did_you_mean(name, [g.name for g in self.groups])
         raise RecipeError(f"groups: there is no group {name!r}{near}")
 
-    def dead(self, cuts: Cuts) -> NDArray[np.bool_]:
-        """Which symbols go; checks that the units kept are units of their group, and some."""
-        dead = np.zeros(self.flow.symbols._count, bool)
+    def times(self, cuts: Cuts) -> Times:
+        """How often each symbol stands afterwards; checks that units kept are of their group."""
+        times = np.ones(self.flow.symbols._count, np.int64)
         for name, keep in cuts.items():
             group, kept = self[name], np.asarray(keep, np.int64)
             fits = len(kept) and kept.min() >= 0 and kept.max() < group.units
-            if not fits or len(np.unique(kept)) != len(kept):
+            if not fits:
                 raise RecipeError(
                     f"groups: {name} has the units 0 to {group.units - 1}, at least one of which "
-                    f"stays and none stands twice, got {list(map(int, kept[:8]))}"
+                    f"stays, got {list(map(int, kept[:8]))}"
                 )
-            gone = np.setdiff1d(np.arange(group.units), kept)
-            dead[group.roots[gone]] = True
-        return dead
+            times[group.roots] = np.bincount(kept, minlength=group.units)
+        return times
 
-    def kept(self, labels: Labels, dead: NDArray[np.bool_]) -> Places:
-        """The places of a dimension that stay."""
-        return np.flatnonzero(~dead[self.flow.symbols.find(labels)])
+    def kept(self, labels: Labels, times: Times) -> Places:
+        """The places of a dimension that stay; a copy comes right after what it is a copy of.
 
-    def planned(self, node: Any, dead: NDArray[np.bool_]) -> tuple[int, ...]:
+        Places in a row that are one unit's (the pixels of a flattened channel) are copied as one.
+        """
+        roots = self.flow.symbols.find(labels)
+        each = times[roots]
+        if not len(each) or each.max() <= 1:
+            return np.flatnonzero(each)
+        starts = np.flatnonzero(np.r_[True, roots[1:] != roots[:-1]])
+        runs = np.split(np.arange(len(roots)), starts[1:])
+        return np.concatenate([np.tile(run, each[run[0]]) for run in runs])
+
+    def planned(self, node: Any, times: Times) -> tuple[int, ...]:
         """The shape that a node's tensor would have."""
         dims = self.flow.of(node)
-        return tuple(len(self.kept(d, dead)) for d in dims) if dims else shape_of(node)
+        return tuple(len(self.kept(d, times)) for d in dims) if dims else shape_of(node)
 
     def shapes(self, cuts: Cuts) -> dict[str, tuple[int, ...]]:
         """The shape that every parameter and buffer would have, by its first name."""
-        dead = self.dead(cuts)
+        times = self.times(cuts)
         return {
-            name: tuple(len(self.kept(d, dead)) for d in dims)
+            name: tuple(len(self.kept(d, times)) for d in dims)
             for name, (_, _, dims) in self.tensors.items()
         }
 
@@ -244,8 +254,8 @@ class Groups:
 
     def macs(self, cuts: Cuts) -> int:
         """The multiply-accumulates that one example would take."""
-        dead = self.dead(cuts)
-        work = sum(_macs(n, op, lambda x: self.planned(x, dead)) for n, op in self._work)
+        times = self.times(cuts)
+        work = sum(_macs(n, op, lambda x: self.planned(x, times)) for n, op in self._work)
         return work // self.batch
 
 

@@ -250,9 +250,9 @@ def _changes(
     groups: Groups, before: fx.Node, after: fx.Node, keep: Cuts
 ) -> Iterator[tuple[int, int, int]]:
     """The arguments of one step that a cut changes: argument, place in it, value."""
-    dead = groups.dead(keep)
+    times = groups.times(keep)
     op, shape = op_name(before), shape_of(before)
-    planned = groups.planned(before, dead)
+    planned = groups.planned(before, times)
     if op in _SIZES or op == "unflatten":
         at = _SIZES.get(op, 2)
         told = cast("list[Any]", after.args[at])
@@ -263,7 +263,7 @@ def _changes(
                 yield at, place, wanted if type(size) is int else -1
         return
     values = {
-        x.value: len(groups.kept(x.labels, dead))
+        x.value: len(groups.kept(x.labels, times))
         for x in groups.flow.literals
         if x.node is before and x.labels is not None and not x.name
     }

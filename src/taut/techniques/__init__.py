@@ -18,6 +18,7 @@ from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
 from taut.techniques.variational_dropout import VariationalDropout
+from taut.techniques.widen import Widen
 
 __all__ = [
     "AddShortcuts",
@@ -38,4 +39,5 @@ __all__ = [
     "StructuredMatrix",
     "Student",
     "VariationalDropout",
+    "Widen",
 ]

@@ -24,9 +24,9 @@ from taut.errors import RecipeError
 from taut.groups import Cuts, Group, Groups, cut, cut_graph
 from taut.layers import Packed
 from taut.modules import clone
-from taut.reshaping import Reshaping
+from taut.reshaping import Reshaping, choose_groups
 from taut.statistics import Statistics
-from taut.technique import matches, option, register_step
+from taut.technique import option, register_step
 from taut.trace import Trace
 from taut.unit_scores import ABSOLUTE, UNIT_CRITERIA, unit_scores
 
@@ -80,7 +80,7 @@ class PruneChannels(Reshaping):
                 "taut.pack, or the one that was trained"
             )
         groups = Groups(model, trace.example)
-        chosen = self.chosen(groups)
+        chosen = choose_groups(groups, self)
         keep = self.keep(model, groups, chosen, statistics)
         if not keep:
             _log.warning("prune_channels: so little is to go that every group stays whole")
@@ -97,27 +97,6 @@ class PruneChannels(Reshaping):
             _log.info("prune_channels: %s: %d of %d units", name, len(kept), groups[name].units)
         self._report(groups, keep)
         return model
-
-    def chosen(self, groups: Groups) -> list[Group]:
-        """The groups that `only` chooses."""
-        barred = ",".join(p for p in self.only.split(",") if p.strip().startswith("!"))
-        found = []
-        for group in groups.groups:
-            makers = [m for m in group.members if m.trained and m.dim == 0]
-            wanted = all(matches(self.only, m.names) for m in makers or group.members[:1])
-            spared = barred and any(
-                not matches(barred, m.names) for m in group.members if m.trained
-            )
-            if wanted and not spared:
-                found.append(group)
-        if not found:
-            known = ", ".join(g.name for g in groups.groups)
-            why = "; ".join(f"{w.name}: {w.reason}" for w in groups.whole[:3])
-            raise RecipeError(
-                f"prune_channels: only={self.only!r} leaves no group that can be cut; known: "
-                f"{known or f'none ({why})'}"
-            )
-        return found
 
     def keep(
         self, model: nn.Module, groups: Groups, chosen: list[Group], statistics: Statistics
