@@ -8,6 +8,7 @@ from nets import Net, weight
 from torch import nn
 from torch.nn import functional as F
 
+from taut.modules import clone
 from taut.products import products
 from taut.testing import _First
 
@@ -214,3 +215,37 @@ def test_the_settings_come_back_after_an_error():
         products(fail, weight(2, 2))
     assert torch.backends.mkldnn.enabled
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def windows_of(x):
+    return F.unfold(x, 3).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "rows"),
+    [
+        (nn.Linear(12, 5), X, lambda x: x),
+        (nn.Conv2d(2, 3, 3), torch.randn(4, 2, 5, 6), windows_of),
+    ],
+)
+def test_how_far_inputs_drifted_from_those_of_the_network_as_it_was(layer, x, rows):
+    torch.manual_seed(0)
+    before, moved = x, x + 0.1 * torch.randn_like(x)
+    after = clone(layer)
+
+    def both():
+        for was, now in zip(before.split(2), moved.split(2), strict=True):
+            layer(was), after(now)
+
+    (found,) = products(both, after.weight, before=layer.weight)
+    old, new = (rows(v).reshape(-1, found.index.shape[1]).double() for v in (before, moved))
+    torch.testing.assert_close(found.moments, new.T @ new, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.drift, (old - new).T @ new, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_network_before_met_other_shapes_no_drift_is_told():
+    first, second = nn.Linear(12, 5), nn.Linear(12, 5)
+    (found,) = products(lambda: (first(X[:3]), second(X)), second.weight, before=first.weight)
+    assert found.drift is None
+    (alone,) = products(lambda: second(X), second.weight)
+    assert alone.drift is None

@@ -4,8 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+import taut
+from taut import second_order
 from taut.importance import CRITERIA, by_row
+from taut.modules import clone
 from taut.pattern import NOfM, Pattern, largest
 from taut.products import Product
 from taut.second_order import (
@@ -385,3 +390,34 @@ def test_the_damage_of_a_change_by_its_definition():
     found = damage_of([small, large], parts, even(w, parts))
     wanted = [damage(damped(x.T @ x), w, w + d) for d in (small, large)]
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rows_are_realigned_to_give_what_they_gave(monkeypatch):
+    monkeypatch.setattr(second_order, "DAMPING", 1e-9)
+    torch.manual_seed(0)
+    old = torch.randn(200, 6).double()
+    new = old + 0.3 * torch.randn(200, 6).double() + 0.1
+    rows = torch.randn(4, 6).double()
+    found = second_order.realigned(rows, second_order.damped(new.T @ new), (old - new).T @ new)
+    torch.testing.assert_close(found, torch.linalg.lstsq(new, old @ rows.T).solution.T)
+    assert second_order.realigned(rows, new.T @ new, None) is rows
+
+
+@pytest.mark.parametrize("text", ["prune_weights(sparsity=0.6, scope='layer', criterion='obs')",
+                                  "quantize(bits=3, method='gptq')"])  # fmt: skip
+def test_later_layers_make_good_what_earlier_ones_lost(text, monkeypatch):
+    torch.manual_seed(0)
+    mixed = torch.randn(512, 6) @ torch.randn(6, 16)
+    x = mixed + 0.1 * torch.randn(512, 16)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(),
+                          nn.Linear(24, 4))  # fmt: skip
+    with torch.no_grad():
+        y = model(x)
+    task = taut.Task(train=[(x, y)], test=[(x, y)], loss=F.mse_loss, score=F.mse_loss,
+                     better="lower")  # fmt: skip
+    lost = {}
+    for name in ("realigned", "as they are"):
+        net = taut.apply(clone(model), text, task)
+        lost[name] = float(F.mse_loss(net(x), y).detach())
+        monkeypatch.setattr(second_order, "realigned", lambda rows, *_: rows)
+    assert lost["realigned"] < 0.8 * lost["as they are"]

@@ -3,6 +3,9 @@
 Whatever its layer is called, a weight that meets inputs is one or more matrices,
 
     y[n, o] = Σ over i of x[n, i] · W[o, i],    moments[i, j] = Σ over n of x[n, i] · x[n, j]
+    drift[i, j] = Σ over n of (x₀[n, i] − x[n, i]) · x[n, j]
+
+x₀ is what the weight met in the network as it was before other weights were changed.
 
 A linear layer is one; a convolution is one for each group, whose inputs are its windows; each of
 attention's three projections is one where they read different tensors; a recurrent weight meets
@@ -14,7 +17,9 @@ own, as long as they multiply by the weight, by views or by copies of it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -33,12 +38,14 @@ class Product:
 
     index: [out, in] int64, where its numbers lie in the flattened weight. moments: [in, in]
     float64, or [in], the diagonal alone. sums: [in] float64, Σ x. rows: how many inputs it met.
+    drift: [in, in] float64, or None where the network before was not run beside.
     """
 
     index: Tensor
     moments: Tensor
     sums: Tensor = field(repr=False)
     rows: int = 0
+    drift: Tensor | None = None
 
     @property
     def squares(self) -> Tensor:
@@ -46,19 +53,24 @@ class Product:
         return self.moments if self.moments.dim() == 1 else self.moments.diagonal()
 
 
-def products(run: Callable[[], object], weight: Tensor, diagonal: bool = False) -> list[Product]:
+def products(
+    run: Callable[[], object], weight: Tensor, diagonal: bool = False, before: Tensor | None = None
+) -> list[Product]:
     """Every way in which `weight` is multiplied while `run` runs; none where it cannot be seen.
 
     weight: the tensor that the network uses, of at least one dimension. diagonal: no correlations,
-    only the moments' diagonals.
+    only the moments' diagonals. before: the same weight of the network as it was, where `run` runs
+    that one, too, just before on the same inputs.
     """
-    watch = _Watch(weight, diagonal)
+    earlier = None if before is None or diagonal else _Earlier(before)
+    watch = _Watch(weight, diagonal, earlier)
     one_dnn = cast(Any, torch.backends.mkldnn)
     fused, kernels = torch.backends.mha.get_fastpath_enabled(), one_dnn.enabled
     try:  # these hide the products inside one operation
         torch.backends.mha.set_fastpath_enabled(False)
         one_dnn.enabled = False
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=False), watch:
+        quiet = torch.no_grad(), torch.backends.cudnn.flags(enabled=False)
+        with quiet[0], quiet[1], earlier or nullcontext(), watch:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -75,9 +87,11 @@ _LOOKUPS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only"}
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees each operation; knows by their storage which tensors are the weight, or parts of it."""
 
-    def __init__(self, weight: Tensor, diagonal: bool) -> None:
+    def __init__(
+        self, weight: Tensor, diagonal: bool = False, earlier: _Earlier | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.diagonal = diagonal
+        self.diagonal, self.earlier = diagonal, earlier
         self.numel = weight.numel()
         self.known: dict[int, tuple[Tensor, Tensor]] = {}  # kept, so that no address is used again
         self.blocks: dict[Any, list[Product]] = {}
@@ -93,6 +107,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]  # fmt: skip
             if same:
                 same[0].moments += product.moments
+                if same[0].drift is not None and product.drift is not None:
+                    same[0].drift += product.drift
                 same[0].sums += product.sums
                 same[0].rows += product.rows
             else:
@@ -186,6 +202,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             width = index.shape[1] if self.diagonal or counts is not None else WIDEST
             parts = torch.split(index.clone(), width, 1)
             self.blocks[key] = [self._empty(part, counts is None) for part in parts]
+        other = self.earlier.met.popleft() if self.earlier and self.earlier.met else None
         at = 0
         for product in self.blocks[key]:
             part = slice(at, at + product.index.shape[1])
@@ -199,12 +216,30 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 product.moments += seen.square().sum(0) if self.diagonal else seen.T @ seen
                 product.sums += seen.sum(0)
                 product.rows += len(seen)
+                if other is None or other.shape != x.shape:
+                    product.drift = None
+                elif product.drift is not None:
+                    product.drift += (other[:, part].to(seen) - seen).T @ seen
 
     def _empty(self, index: Tensor, correlated: bool) -> Product:
         n = index.shape[1]
         shape = (n, n) if correlated and not self.diagonal else (n,)
         zeros = torch.zeros(shape, dtype=torch.float64, device=index.device)
-        return Product(index, zeros, zeros.new_zeros(n))
+        drift = torch.zeros_like(zeros) if self.earlier and len(shape) == 2 else None
+        return Product(index, zeros, zeros.new_zeros(n), drift=drift)
+
+
+class _Earlier(_Watch):  # type: ignore[no-untyped-call]
+    """Keeps what the weight of the network as it was has met, for the other to meet beside it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.met: deque[Tensor | None] = deque()
+
+    def _meet(
+        self, key: Any, index: Tensor, x: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
+        self.met.append(x)
 
 
 _MOST_NUMBERS = 2**24

@@ -32,6 +32,14 @@ Block Fisher: H is the empirical Fisher matrix F, mean of g · gᵀ over single 
 along the flattened weight (Singh, Alistarh: WoodFisher, NeurIPS 2020). Where we differ: the blocks
 are summed and factored once, which gives what their rank-one updates of the inverse give.
 
+Both fit what the layer gave for the inputs x₀ that it had before other layers were changed, not
+what its old weights would make of today's: they start from
+
+    w + w · D · H⁻¹,    D = Σ over n of (x₀[n] − x[n])ᵀ · x[n]
+
+(Li and others: GPTAQ, ICML 2025, whose correction goes column by column; here it is the least
+squares solution).
+
 Either matrix gets `DAMPING` times the mean of its diagonal added to the diagonal.
 """
 
@@ -119,11 +127,22 @@ def disjoint(products: Sequence[Product], numel: int) -> list[Product]:
             extra[index] += squares
         else:
             taken[index] = True
-            kept.append(Product(index, product.moments.cpu(), product.sums.cpu(), product.rows))
+            drift = None if product.drift is None else product.drift.cpu()
+            kept.append(
+                Product(index, product.moments.cpu(), product.sums.cpu(), product.rows, drift)
+            )
     for product in kept:
         more = extra[product.index].mean(0)
         product.moments = product.moments + (more.diag() if product.moments.dim() == 2 else more)
     return kept
+
+
+def realigned(rows: Tensor, hessian: Tensor, drift: Tensor | None) -> Tensor:
+    """The rows, [out, in], that give for today's inputs what these gave before; hessian: damped."""
+    if drift is None or not bool(drift.any()):
+        return rows
+    factor = torch.linalg.cholesky(hessian)
+    return rows + torch.cholesky_solve(drift.T @ rows.T, factor).T
 
 
 def obs_scores(weights: Tensor, products: Sequence[Product], squares: Tensor) -> Tensor:
@@ -146,6 +165,8 @@ def obs(
     """
     parts = _parts(products, squares)
     before = weights.double().flatten()
+    for part in parts:
+        before[part.index] = realigned(before[part.index], part.hessian, part.drift)
     now, mask = before.clone(), allowed
     for stage in _stages(allowed, kept, pattern):
         scores = torch.zeros_like(now)
@@ -189,6 +210,7 @@ def rounded(
         order = hessian.diagonal().argsort(descending=True, stable=True)
         upper = torch.linalg.cholesky(inverse(hessian[order][:, order]), upper=True)
         index = product.index[:, order]
+        flat[product.index] = realigned(flat[product.index], hessian, product.drift)
         columns = flat[index]
         for j in range(len(order)):
             on_grid = nearest(columns[:, j], index[:, j])
@@ -217,12 +239,13 @@ def _settled(
 class _Part:
     """The rows of a product, index [out, in]; the damped H that they share; c of each, [out, 1].
 
-    hessian: [in, in], or [in], the diagonal, where the inputs are not correlated.
+    hessian: [in, in], or [in], the diagonal, where the inputs are not correlated. drift: D, if any.
     """
 
     index: Tensor
     hessian: Tensor
     rows: Tensor
+    drift: Tensor | None
 
     @property
     def correlated(self) -> bool:
@@ -236,7 +259,7 @@ def _parts(products: Sequence[Product], squares: Tensor) -> list[_Part]:
         h = damped(h) if h.dim() == 2 else h + DAMPING * h.mean()
         felt = squares.double().flatten()[product.index].sum(1, keepdim=True)
         rows = felt / product.squares.sum().clamp(min=1e-300)
-        parts.append(_Part(product.index, h, rows))
+        parts.append(_Part(product.index, h, rows, product.drift))
     least = max(float(p.rows.mean()) for p in parts) * 1e-6 or 1.0
     return [replace(p, rows=p.rows + least) for p in parts]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,13 +131,21 @@ class Statistics:
     def products(self, site: Site, diagonal: bool = False) -> list[Product]:
         """What the site's weight is multiplied with in the model as it is now.
 
-        Gathered anew each time: what was pruned before this site changes its inputs. diagonal: no
+        Gathered anew each time: what was pruned before this site changes its inputs, and how far
+        they drifted from those of the model as it was at first is told, too. diagonal: no
         correlations. Raises TaskError without data, where the data are no numbers or always the
         same, and where nothing multiplies by the weight in a way that can be seen.
         """
         loss = self._needed(f"what site {site.name!r} is multiplied with")
-        probe = plain_copy(self._model)
-        found = products(lambda: loss(probe), tensor_at(probe, site.name), diagonal)
+        first, probe = self._first, plain_copy(self._model)
+
+        def run_first(_: nn.Module, args: Any, kwargs: Any) -> None:
+            first(*args, **kwargs)
+
+        probe.register_forward_pre_hook(run_first, with_kwargs=True)
+        found = products(
+            lambda: loss(probe), tensor_at(probe, site.name), diagonal, tensor_at(first, site.name)
+        )
         if not found:
             raise TaskError(
                 f"what site {site.name!r} is multiplied with cannot be seen: the calibration data "
@@ -229,6 +237,11 @@ class Statistics:
         return found
 
     # ---- gathering ----------------------------------------------------------------------
+
+    @cached_property
+    def _first(self) -> nn.Module:
+        """The model as it was when what a weight is multiplied with was first asked for."""
+        return plain_copy(self._model).eval()
 
     @cached_property
     def _probe(self) -> nn.Module:
