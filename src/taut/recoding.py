@@ -13,6 +13,7 @@ module that any loop can train.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,8 +28,11 @@ from taut.errors import RecipeError
 from taut.modules import owner, parametrization, parametrized_names, tensor_at
 from taut.packed import PackedWeight, Plain
 from taut.statistics import Statistics
-from taut.technique import Technique
+from taut.technique import Technique, option
+from taut.trace import Trace
 from taut.types import Cost, Site
+
+_log = logging.getLogger("taut")
 
 # ---- trainable forms ------------------------------------------------------------------------
 
@@ -247,6 +251,36 @@ class Recoding(Technique):
 
 
 # ---- sites of a live model ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerRecoding(Recoding):
+    """A recoding that leaves the first and the last site of a network as they are, and says so.
+
+    They read the data and give the scores, where few levels cost most.
+    """
+
+    ends: bool = option(False, help="whether the first and the last site are recoded too")
+
+    def sites(self, trace: Trace) -> tuple[Site, ...]:
+        """Those that `only` chooses, less the first and the last of the network."""
+        chosen = super().sites(trace)
+        ends = () if self.ends else (trace.sites[0], trace.sites[-1])
+        inner = tuple(s for s in chosen if s not in ends)
+        if not inner:
+            named = ", ".join(s.name for s in chosen)
+            raise RecipeError(
+                f"{self.name}: only the first and the last site match only={self.only!r} "
+                f"({named}), and they stay as they are; say ends=True"
+            )
+        return inner
+
+    def localise(
+        self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
+    ) -> dict[str, Technique]:
+        if not self.ends:
+            _log.info("%s: the first and the last site stay as they are (ends=True)", self.name)
+        return super().localise(model, sites, statistics)
 
 
 def chain(model: nn.Module, site: Site) -> Chain | None:

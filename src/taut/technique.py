@@ -139,18 +139,6 @@ class Technique(Step, ABC):
             raise RecipeError(f"{self.name}: only={self.only!r} matches no site; known: {known}")
         return chosen
 
-    def _inner(self, trace: Trace) -> tuple[Site, ...]:
-        """Those that `only` matches, less the first and the last site of the network."""
-        chosen = self._chosen(trace.sites)
-        inner = tuple(s for s in chosen if s not in (trace.sites[0], trace.sites[-1]))
-        if not inner:
-            named = ", ".join(s.name for s in chosen)
-            raise RecipeError(
-                f"{self.name}: only the first and the last site match only={self.only!r} "
-                f"({named}), and they stay as they are; say ends=True"
-            )
-        return inner
-
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:

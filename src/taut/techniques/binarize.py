@@ -25,7 +25,6 @@ The first and the last site stay as they are unless `ends` says otherwise.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,18 +37,15 @@ from taut.bit_weight import BitWeight
 from taut.errors import RecipeError
 from taut.kernels import Levels
 from taut.packed import PackedWeight, Plain
-from taut.recoding import Form, Pack, Recoding
+from taut.recoding import Form, InnerRecoding, Pack
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
-from taut.trace import Trace
 from taut.types import Site
-
-_log = logging.getLogger("taut")
 
 
 @register_step
 @dataclass(frozen=True, kw_only=True)
-class Binarize(Recoding):
+class Binarize(InnerRecoding):
     """Let each weight be a sign with a scale, or a sign or zero, and each input one of two levels.
 
     Weights alone cost little; activations cost more, and need training at a full rate, from a
@@ -70,20 +66,14 @@ class Binarize(Recoding):
     gradient: str = option(
         "clip", choices=("clip", "bireal"), help="of the activations: 1 or 2 - 2|x| within ±1"
     )
-    ends: bool = option(False, help="whether the first and the last site are binarized too")
-
-    def sites(self, trace: Trace) -> tuple[Site, ...]:
-        """Those that `only` chooses, less the first and the last of the network."""
-        return super().sites(trace) if self.ends else self._inner(trace)
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
-        if not self.ends:
-            _log.info("binarize: the first and the last site stay as they are (ends=True)")
+        local = super().localise(model, sites, statistics)
         real = left_real(model, sites, self.name) if self.activations != "real" else set()
         left = replace(self, activations="real")
-        return {s.name: left if s.name in real else self for s in sites}
+        return {n: left if n in real else step for n, step in local.items()}
 
     @property
     def planes(self) -> int:

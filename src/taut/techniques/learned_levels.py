@@ -19,7 +19,6 @@ lie around it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,13 +30,11 @@ from taut.bit_weight import BitWeight
 from taut.errors import RecipeError
 from taut.kernels import Levels
 from taut.packed import PackedWeight, Plain
-from taut.recoding import Form, Pack, Recoding
+from taut.recoding import Form, InnerRecoding, Pack
 from taut.statistics import Statistics
 from taut.technique import Technique, option, register_step
-from taut.trace import Trace
 from taut.types import Site
 
-_log = logging.getLogger("taut")
 _KEPT = 0.9  # of the old basis, at each step
 _ROUNDS = 20
 _STARTS = (1.2, 1.6, 2.0, 2.6)  # the highest level, in mean magnitudes
@@ -45,27 +42,21 @@ _STARTS = (1.2, 1.6, 2.0, 2.6)  # the highest level, in mean magnitudes
 
 @register_step
 @dataclass(frozen=True, kw_only=True)
-class LearnedLevels(Recoding):
+class LearnedLevels(InnerRecoding):
     """Write weights as sums of a learned basis for each row, and inputs as sums of another."""
 
     bits: int = option(2, low=1, high=4, unit="bit", help="of a weight: numbers in its basis")
     activations: int = option(
         0, low=0, high=4, unit="bit", help="of what a Linear or Conv layer reads; 0: as it is"
     )
-    ends: bool = option(False, help="whether the first and the last site are written so too")
-
-    def sites(self, trace: Trace) -> tuple[Site, ...]:
-        """Those that `only` chooses, less the first and the last of the network."""
-        return super().sites(trace) if self.ends else self._inner(trace)
 
     def localise(
         self, model: nn.Module, sites: tuple[Site, ...], statistics: Statistics
     ) -> dict[str, Technique]:
-        if not self.ends:
-            _log.info("learned_levels: the first and the last site stay as they are (ends=True)")
+        local = super().localise(model, sites, statistics)
         real = left_real(model, sites, self.name) if self.activations else set()
         left = replace(self, activations=0)
-        return {s.name: left if s.name in real else self for s in sites}
+        return {n: left if n in real else step for n, step in local.items()}
 
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
