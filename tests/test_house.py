@@ -52,7 +52,7 @@ FLOORS = (
         "structured_weight",
         "hashed_weight",
     },
-    {"mask", "selection", "dead_units", "shared_weight", "affine_weight"},
+    {"mask", "selection", "dead_units", "shared_weight", "affine_weight", "unit_cuts"},
     {"fake_quantization", "norms"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "rounded_gradients", "aim", "dreams", "watch"},
