@@ -37,6 +37,7 @@ FLOORS = (
         "pattern",
         "clusters",
         "ranges",
+        "joining",
     },
     {"data", "trace", "second_order", "packed", "edits"},
     {"statistics"},
