@@ -303,7 +303,7 @@ class _Branches:
         """The modules before it that nothing else reads; None where it is no branch of a sum."""
         own = {n for n in self.nodes if path in self.stacks[n]}
         leaves = {n for n in own if any(u not in own for u in n.users)}
-        sums = {u for n in leaves for u in n.users if u not in own}
+        sums = {_past(u) for n in leaves for u in n.users if u not in own}
         if len(leaves) != 1 or not sums:
             return None
         if not all(op_name(s) == "add" and len(s.all_input_nodes) == 2 for s in sums):
@@ -323,6 +323,13 @@ class _Branches:
         modules = {p: self.model.get_submodule(p) for p in found}
         held = [p for p, m in modules.items() if next(m.parameters(), None) is not None]
         return [p for p in held if not any(_holds(q, p) for q in held if q != p)]
+
+
+def _past(node: fx.Node) -> fx.Node:
+    """The node, or what alone reads it where it does nothing in eval mode."""
+    while op_name(node) in ("dropout", "alias", "contiguous") and len(node.users) == 1:
+        node = next(iter(node.users))
+    return node
 
 
 def _stack(path: str, layer: nn.RNNBase) -> Iterator[_Block]:
