@@ -38,6 +38,7 @@ FLOORS = (
         "clusters",
         "ranges",
         "joining",
+        "matching",
     },
     {"data", "trace", "second_order", "packed", "edits"},
     {"statistics"},

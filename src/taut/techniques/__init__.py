@@ -19,6 +19,7 @@ from taut.techniques.quantize import Quantize
 from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
+from taut.techniques.tie_layers import TieLayers
 from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "ShareValues",
     "StructuredMatrix",
     "Student",
+    "TieLayers",
     "VariationalDropout",
 ]
