@@ -3,7 +3,8 @@
 A weight reads units a[u], so that its layer gives y = Σ over u of W[u] · a[u] (+ bias). A unit that
 goes is told by those that stay,
 
-    a[j] ≈ Σ over stays i of mix[i, j] · a[i] (+ shift[j]),    W'[i] = W[i] + Σ over j mix[i, j] · W[j]
+    a[j] ≈ Σ over i that stay of mix[i, j] · a[i] (+ shift[j])
+    W'[i] = W[i] + Σ over j that go of mix[i, j] · W[j]
 
 with the shift where the layer has a bias to take it, bias' = bias + Σ shift[j] · W[j]. A unit's
 angle is that between a[j] and what tells it, over the data: sin² = |a[j] − told|² / |a[j]|².

@@ -32,6 +32,7 @@ from taut.errors import RecipeError, TaskError
 from taut.groups import Group, Groups, Reader, readers
 from taut.joining import FITS, Joined, Reading
 from taut.modules import tensor_at
+from taut.products import UnitMoments
 from taut.reshaping import Reshaping
 from taut.statistics import Statistics
 from taut.technique import option, register_step
@@ -115,8 +116,7 @@ class MergeNeurons(Reshaping):
                 moments = next(seen)
                 if moments.rows:
                     weight = groups.tensors[reader.name][1].detach().double().cpu()
-                    each.append((reader, _reading(reader, moments.moments.cpu() / moments.rows,
-                                                  moments.sums.cpu() / moments.rows, weight)))  # fmt: skip
+                    each.append((reader, _reading(reader, moments, weight)))
             if len(each) < len(its):
                 _log.info("merge_neurons: %s stays whole: the data do not reach %s", name,
                           ", ".join({r.name for r in its} - {r.name for r, _ in each}))  # fmt: skip
@@ -144,13 +144,14 @@ def _units(reader: Reader, weight: Tensor) -> Tensor:
     return weight.movedim(reader.dim, 0)[torch.from_numpy(reader.places)]
 
 
-def _reading(reader: Reader, moments: Tensor, means: Tensor, weight: Tensor) -> Reading:
+def _reading(reader: Reader, seen: UnitMoments, weight: Tensor) -> Reading:
+    if not bool(weight.isfinite().all()):
+        raise RecipeError(f"merge_neurons: {reader.name!r} holds NaN or infinite weights")
+    moments, means = seen.moments.cpu() / seen.rows, seen.sums.cpu() / seen.rows
     if reader.bias or reader.mean:
         moments = moments - means[:, None] * means
     else:
         means = torch.zeros_like(means)
-    if not bool(weight.isfinite().all()):
-        raise RecipeError(f"merge_neurons: {reader.name!r} holds NaN or infinite weights")
     return Reading(moments=moments, means=means, weight=_units(reader, weight).flatten(1))
 
 

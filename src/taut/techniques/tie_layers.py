@@ -1,6 +1,6 @@
 """One weight for several layers: it is stored once, held once and trained by all of them.
 
-    W2 := W1 := least squares of both,    after    W2' = P · W2 · Q / s    that changes no answer
+    W1, W2 := (W1 + W2') / 2,    W2' = s · P · W2 · Q,    |s| = |W1| / |W2|
 
 Layers of equal shape are joined where their weights are nearest, |W2' − W1| / |W1|, or where they
 are named. Before that a layer may be brought nearer without a change of what the network gives: by
@@ -12,7 +12,8 @@ embedding.
 Lan et al.: ALBERT (ICLR 2020) shares all of a Transformer's layers; Press, Wolf: Using the output
 embedding to improve language models (EACL 2017) ties the head to the embedding; Ainsworth, Hayase,
 Srinivasa: Git Re-Basin (ICLR 2023) matches units of two networks. Where we differ: trained layers
-of one network are tied, matched by their units; both are kept free where nothing can absorb it.
+of one network are tied, and a factor or an order is looked at on the example and undone where it
+changes an answer.
 Filters of one layer need no tying: those that are multiples of each other give parallel outputs,
 which `merge_neurons` joins, and pieces of rows that come again are `share_values(vectors=…)`.
 """
@@ -77,8 +78,8 @@ class TieLayers(Reshaping):
             )
         if any(len(group) < 2 or not all(group) for group in self._named()):
             raise RecipeError(
-                f"tie_layers: names must be like 'a=b=c, d=e', got {self.names!r}; name two weights "
-                "or modules at least"
+                f"tie_layers: names must be like 'a=b=c, d=e', got {self.names!r}; name two "
+                "weights or modules at least"
             )
 
     def _named(self) -> list[list[str]]:
@@ -89,7 +90,7 @@ class TieLayers(Reshaping):
         refuse_packed(self.name, model)
         _check_numbers(model, trace)
         work = _Matching(model, trace, self.scale, self.permute)
-        ties = list(self._asked(model, trace)) if self.names else self._nearest(work)
+        ties = list(self._asked(model)) if self.names else self._nearest(work)
         work.locked = {n for tie in ties for n in tie}
         for tie in ties:
             for name in tie[1:]:
@@ -100,29 +101,26 @@ class TieLayers(Reshaping):
 
     # ---- what is tied -------------------------------------------------------------------
 
-    def _asked(self, model: nn.Module, trace: Trace) -> Iterator[list[str]]:
-        """The parameters that are named, or that have one name in all the modules named."""
+    def _asked(self, model: nn.Module) -> Iterator[list[str]]:
+        """The parameters that are named, or that have one name and shape in the modules named."""
         for group in self._named():
             found = [self._parameters(model, name) for name in group]
-            shared = [n for n in found[0] if all(n in other for other in found[1:])]
-            tied = 0
-            for leaf in shared:
-                names = [f"{name}.{leaf}" if leaf else name for name in group]
-                shapes = [tuple(tensor_at(model, n).shape) for n in names]
-                if len(set(shapes)) > 1 and (not leaf or "." not in leaf and len(shared) == 1):
+            ties = []
+            for leaf in (n for n in found[0] if all(n in other for other in found[1:])):
+                shapes = {tuple(other[leaf].shape) for other in found}
+                if not leaf and len(shapes) > 1:
                     raise RecipeError(
-                        f"tie_layers: weights that are tied have one shape, got {shapes[0]} for "
-                        f"{names[0]!r} and {next(s for s in shapes if s != shapes[0])}"
+                        f"tie_layers: weights that are tied have one shape, got "
+                        f"{' and '.join(map(str, sorted(shapes)))} for {' and '.join(group)}"
                     )
-                distinct = len({id(tensor_at(model, n)) for n in names})
-                if len(set(shapes)) == 1 and distinct > 1:
-                    tied += 1
-                    yield names
-            if not tied:
+                if len(shapes) == 1 and len({id(other[leaf]) for other in found}) > 1:
+                    ties.append([f"{name}.{leaf}" if leaf else name for name in group])
+            if not ties:
                 raise RecipeError(
-                    f"tie_layers: {' and '.join(map(repr, group))} have nothing of one name and "
-                    "shape that is not tied already"
+                    f"tie_layers: {' and '.join(group)} have nothing of one name and shape that is "
+                    "not tied already"
                 )
+            yield from ties
 
     def _parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The parameters of a module by their names in it; of a parameter itself, under ''."""
@@ -224,7 +222,7 @@ class _Matching:
             if order := self._order(a, b, dim, second):
                 second = _placed(second, dim, *order)
         if self._scales(a, b):
-            second = second / _factor(first, second)
+            second = second * _factor(first, second)
         return float((second - first).norm() / first.norm().clamp(min=1e-30))
 
     @torch.no_grad()
@@ -240,7 +238,7 @@ class _Matching:
                 self._reorder(group, order[1], b)
         if self._scales(a, b):
             first, second = (tensor_at(self.model, n).detach().double() for n in (a, b))
-            self._rescale(b, 1 / _factor(first, second))
+            self._rescale(b, _factor(first, second))
 
     # ---- order --------------------------------------------------------------------------
 
@@ -302,13 +300,13 @@ class _Matching:
     def _scales(self, a: str, b: str) -> bool:
         sites = [self._site(n) for n in (a, b)]
         kinds = {s.kind for s in sites if s is not None}
-        return self.scale and None not in sites and len(kinds) == 1 and self._takes(b)
+        return bool(self.scale and None not in sites and len(kinds) == 1 and self._takes(b))
 
     def _rescale(self, b: str, factor: float) -> None:
         site = self.trace.site(b)
         norm = norm_of("tie_layers", self.model, self.trace, site)
-        if norm is None and factor <= 0:
-            return
+        if norm is None:  # what is behind may keep factors above 0 alone
+            factor = abs(factor)
         target = next((f.target for f in self.trace.feeds if f.source == site.name), "")
 
         def turn(factor: float) -> None:
@@ -328,10 +326,10 @@ class _Matching:
 
 
 def _factor(first: Tensor, second: Tensor) -> float:
-    """s of the least |second − s · first|; 1 where that would be next to nothing."""
-    power = float(first.square().sum())
-    s = float((first * second).sum()) / power if power else 1.0
-    return s if abs(s) > 1e-2 else 1.0
+    """What makes the second as large as the first, and of its sign; 1 where one is zero."""
+    sizes = float(first.norm()), float(second.norm())
+    by = sizes[0] / sizes[1] if min(sizes) > 0 else 1.0
+    return math.copysign(by, float((first * second).sum()))
 
 
 def _placed(weight: Tensor, dim: int, places: Tensor, order: Tensor) -> Tensor:
