@@ -162,11 +162,13 @@ class _Eliminated:
 
     def alone(self) -> Tensor:
         """[units]: what of each is not told by all others that stay."""
-        return 1 / self.inverse.diagonal().clamp(min=1e-300)
+        alone: Tensor = 1 / self.inverse.diagonal().clamp(min=1e-300)
+        return alone
 
     def price(self) -> Tensor:
         """[units]: what the outputs lose if it goes."""
-        return self.weight.square().sum(1) * self.alone() / self.energy
+        price: Tensor = self.weight.square().sum(1) * self.alone() / self.energy
+        return price
 
     def away(self, gone: list[int]) -> Tensor:
         """[units]: the largest sin² if it went, its own or that of one that is gone."""

@@ -245,7 +245,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Product(index, zeros, zeros.new_zeros(n))
 
 
-class _UnitWatch(_Watch):
+class _UnitWatch(_Watch):  # type: ignore[no-untyped-call]
     """Adds up what units have to do with each other, in place of columns."""
 
     def __init__(self, weight: Tensor, dim: int, places: Tensor) -> None:

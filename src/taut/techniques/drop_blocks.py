@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -189,10 +189,9 @@ def _left(able: Sequence[_Block], best: _Tried) -> list[_Block]:
             continue
         (first, *_), *_ = block.ways
         (last, *_) = best.changes
-        both = isinstance(first, DropRecurrent) and isinstance(last, DropRecurrent)
-        if both and first.path == last.path:
+        if isinstance(first, DropRecurrent) and isinstance(last, DropRecurrent):
             moved = first.layer - (first.layer > last.layer)
-            block = _of_stack(first.path, moved, block.name, block.weights)
+            block = block if first.path != last.path else _moved(block, first.path, moved)
         kept.append(block)
     return kept
 
@@ -201,8 +200,8 @@ def _holds(outer: str, inner: str) -> bool:
     return inner == outer or inner.startswith(f"{outer}.")
 
 
-def _of_stack(path: str, layer: int, name: str, weights: tuple[str, ...]) -> _Block:
-    return _Block(name=name, weights=weights, ways=((DropRecurrent(path=path, layer=layer),),))
+def _moved(block: _Block, path: str, layer: int) -> _Block:
+    return replace(block, ways=((DropRecurrent(path=path, layer=layer),),))
 
 
 @dataclass
@@ -265,8 +264,8 @@ def _look(model: nn.Module, trace: Trace) -> dict[str, _Seen]:
         x = next((v for v in (*given, *named.values()) if isinstance(v, Tensor)), None)
         several = isinstance(out, tuple)
         y = out[0] if several and out else out
-        both = isinstance(x, Tensor) and isinstance(y, Tensor)
-        each.same = both and x.shape == y.shape and x.dtype == y.dtype
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            each.same = x.shape == y.shape and x.dtype == y.dtype
         each.outputs = len(out) if several else 0
 
     for path, module in probe.named_modules():
@@ -339,7 +338,8 @@ def _stack(path: str, layer: nn.RNNBase) -> Iterator[_Block]:
             ways = 2 if layer.bidirectional else 1
             names = (n for ns in layer._all_weights[i * ways : (i + 1) * ways] for n in ns)
             weights = tuple(f"{path}.{n}" for n in names if n.startswith("weight"))
-            yield _of_stack(path, i, f"{path}:{i}", weights)
+            change = DropRecurrent(path=path, layer=i)
+            yield _Block(name=f"{path}:{i}", weights=weights, ways=((change,),))
 
 
 # ---- structure ------------------------------------------------------------------------------

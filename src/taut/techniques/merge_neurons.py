@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -185,5 +184,5 @@ def _fold(
         for dim, labels in enumerate(groups.tensors[name][2]):
             kept = torch.from_numpy(groups.kept(labels, dead)).to(value.device)
             value = value.index_select(dim, kept)
-        target = cast(Tensor, tensor_at(model, name))
+        target = tensor_at(model, name)
         target.copy_(value.to(target.dtype))

@@ -129,7 +129,7 @@ class TieLayers(Reshaping):
         try:
             return dict(model.get_submodule(name).named_parameters())
         except AttributeError:
-            known = [*dict(model.named_modules()), *dict(model.named_parameters())]
+            known = [n for n, _ in (*model.named_modules(), *model.named_parameters()) if n]
             raise RecipeError(
                 f"tie_layers: the network has no weight or module {name!r}"
                 f"{did_you_mean(name, known)}"
