@@ -156,9 +156,9 @@ def test_it_loses_less_than_pruning_alone(trained, task):
 REASONS = {
     "attention": {"attention.out.weight": "layer_norm looks at the units together in first"},
     "group norm": {"a.weight": "group_norm looks at the units together in norm"},
-    "joint attention": {"attention.joint.weight": "einsum looks at the units together in attention"},
+    "joint attention": {"attention.joint.weight": "einsum looks at the units together"},
     "tied words": {"layer.weight_ih_l0": "words.weight makes the units and reads them too"},
-    "weight norm": {"a.parametrizations.weight.original0": "weight_norm looks at the units together"},
+    "weight norm": {"a.parametrizations.weight.original0": "weight_norm looks at"},
 }  # fmt: skip
 
 
