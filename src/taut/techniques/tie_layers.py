@@ -265,15 +265,14 @@ class _Matching:
         return at, assignment(rows[0] @ rows[1].T)
 
     def _reorder(self, group: Group, order: Tensor, name: str) -> None:
-        def turn(order: Tensor) -> None:
+        def turn() -> None:
             for member in group.members:
                 held = tensor_at(self.model, member.name).data
-                places = torch.from_numpy(member.places)
-                held.copy_(_placed(held, member.dim, places, order))
+                held.copy_(_placed(held, member.dim, torch.from_numpy(member.places), order))
 
         if torch.equal(order, torch.arange(len(order))):
             return
-        if _kept(self.model, self.trace, lambda: turn(order), lambda: turn(order.argsort())):
+        if _kept(self.model, self.trace, turn):
             _log.info("tie_layers: the units of %s go by another order, for %s", group.name, name)
         else:
             _log.info("tie_layers: %s keeps its order: the outputs depend on it", group.name)
@@ -309,7 +308,7 @@ class _Matching:
             factor = abs(factor)
         target = next((f.target for f in self.trace.feeds if f.source == site.name), "")
 
-        def turn(factor: float) -> None:
+        def turn() -> None:
             weight = plain_weight("tie_layers", self.model, site)
             by = torch.full((len(weight),), factor, dtype=weight.dtype, device=weight.device)
             scale_rows(weight, bias_of("tie_layers", self.model, site), by)
@@ -319,7 +318,7 @@ class _Matching:
             else:
                 tensor_at(self.model, target).data.div_(factor)
 
-        if _kept(self.model, self.trace, lambda: turn(factor), lambda: turn(1 / factor)):
+        if _kept(self.model, self.trace, turn):
             _log.info("tie_layers: %s is taken %.3g times; what follows makes up for it", b, factor)
         else:
             _log.info("tie_layers: %s keeps its size: what follows it keeps no factor", b)
@@ -339,17 +338,15 @@ def _placed(weight: Tensor, dim: int, places: Tensor, order: Tensor) -> Tensor:
     return moved.movedim(0, dim)
 
 
-def _kept(
-    model: nn.Module, trace: Trace, change: Callable[[], None], undo: Callable[[], None]
-) -> bool:
+def _kept(model: nn.Module, trace: Trace, change: Callable[[], None]) -> bool:
     """Make a change that is to change no answer; undone where it does on the example."""
+    held = {n: t.clone() for n, t in model.state_dict().items()}
     before = _answers(model, trace)
     change()
-    after = _answers(model, trace)
-    pairs = zip(before, after, strict=True)
+    pairs = zip(before, _answers(model, trace), strict=True)
     if all(bool(((a - b).abs() <= 1e-3 * a.abs().max() + 1e-6).all()) for a, b in pairs):
         return True
-    undo()
+    model.load_state_dict(held)
     return False
 
 
