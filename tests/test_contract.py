@@ -1,4 +1,4 @@
-"""Every registered recoding technique keeps the contract of taut.testing."""
+"""Every registered technique keeps its contract of taut.testing."""
 
 import pytest
 
@@ -7,17 +7,20 @@ from taut.technique import techniques
 from taut.techniques import (
     Binarize,
     CodeLength,
+    DropBlocks,
     FactorWeights,
     HashWeights,
     L0Gates,
     LearnedLevels,
+    MergeNeurons,
     PruneWeights,
     Quantize,
     ShareValues,
     StructuredMatrix,
+    TieLayers,
     VariationalDropout,
 )
-from taut.testing import RecodingContract
+from taut.testing import RecodingContract, ReshapingContract
 
 
 class TestPruneWeights(RecodingContract):
@@ -150,6 +153,18 @@ class TestFactorWeights(RecodingContract):
         FactorWeights(rank="energy", energy=0.3),
         FactorWeights(rank="vbmf", weighted=False),
     )
+
+
+class TestMergeNeurons(ReshapingContract):
+    under_test = (MergeNeurons(), MergeNeurons(ratio=0.5, fit="pairs"))
+
+
+class TestDropBlocks(ReshapingContract):
+    under_test = (DropBlocks(), DropBlocks(of="layers"))
+
+
+class TestTieLayers(ReshapingContract):
+    under_test = (TieLayers(), TieLayers(permute=True))
 
 
 @pytest.mark.parametrize("name", sorted(techniques()))

@@ -16,10 +16,10 @@ own, as long as they multiply by the weight, by views or by copies of it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -64,18 +64,54 @@ def products(
     """
     earlier = None if before is None or diagonal else _Earlier(before)
     watch = _Watch(weight, diagonal, earlier)
+    with earlier or contextlib.nullcontext(), watch:
+        _plainly(run)
+    return watch.found()
+
+
+def _plainly(run: Callable[[], object]) -> None:
+    """Run something without gradients, and so that every product is an operation of its own."""
     one_dnn = cast(Any, torch.backends.mkldnn)
     fused, kernels = torch.backends.mha.get_fastpath_enabled(), one_dnn.enabled
     try:  # these hide the products inside one operation
         torch.backends.mha.set_fastpath_enabled(False)
         one_dnn.enabled = False
-        quiet = torch.no_grad(), torch.backends.cudnn.flags(enabled=False)
-        with quiet[0], quiet[1], earlier or nullcontext(), watch:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         one_dnn.enabled = kernels
-    return watch.found()
+
+
+@dataclass(eq=False)
+class UnitMoments:
+    """What the units that a weight reads are like together.
+
+    moments: [units, units] float64, Σ a_u · a_v; sums: [units] float64, Σ a_u; rows: how many
+    numbers of each unit were summed. Where a unit lies in several columns of the weight (the
+    window of a convolution, the pixels of a flattened channel) its numbers there are all counted,
+    each beside those of the other units at the same place.
+    """
+
+    moments: Tensor
+    sums: Tensor = field(repr=False)
+    rows: int = 0
+
+
+def unit_moments(
+    run: Callable[[], object], wanted: Sequence[tuple[Tensor, int, Tensor]]
+) -> list[UnitMoments]:
+    """The moments of what weights read, all while `run` runs once.
+
+    wanted: for each weight the tensor that the network uses, the dimension along which units lie,
+    and their places there, [units, places of each]. What is not seen has rows = 0.
+    """
+    watches = [_UnitWatch(weight, dim, places) for weight, dim, places in wanted]
+    with contextlib.ExitStack() as stack:
+        for watch in watches:
+            stack.enter_context(watch)
+        _plainly(run)
+    return [watch.gathered for watch in watches]
 
 
 _MATRICES = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
@@ -240,6 +276,40 @@ class _Earlier(_Watch):  # type: ignore[no-untyped-call]
         self, key: Any, index: Tensor, x: Tensor | None = None, counts: Tensor | None = None
     ) -> None:
         self.met.append(x)
+
+
+class _UnitWatch(_Watch):  # type: ignore[no-untyped-call]
+    """Adds up what units have to do with each other, in place of columns."""
+
+    def __init__(self, weight: Tensor, dim: int, places: Tensor) -> None:
+        super().__init__(weight, diagonal=True)
+        zeros = torch.zeros(len(places), len(places), dtype=torch.float64, device=weight.device)
+        self.gathered = UnitMoments(zeros, zeros.new_zeros(len(places)))
+        self.after, self.size = math.prod(weight.shape[dim + 1 :]), weight.shape[dim]
+        self.places = places.to(weight.device)
+        self.order: dict[Any, Tensor | None] = {}
+
+    def _meet(
+        self, key: Any, index: Tensor, x: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
+        if x is None:
+            return
+        if key not in self.order:
+            self.order[key] = self._columns(index)
+        columns = self.order[key]
+        if columns is not None:
+            seen = x[:, columns].double().flatten(0, 1)  # [inputs · columns of each, units]
+            self.gathered.moments += seen.T @ seen
+            self.gathered.sums += seen.sum(0)
+            self.gathered.rows += len(seen)
+
+    def _columns(self, index: Tensor) -> Tensor | None:
+        """[columns of each, units]: where the units are read; None where they are made."""
+        lies = index // self.after % self.size
+        if not bool((lies == lies[:1]).all()):
+            return None
+        found = [(lies[0] == place).nonzero()[:, 0] for place in self.places.flatten()]
+        return torch.stack(found).reshape(len(self.places), -1).T
 
 
 _MOST_NUMBERS = 2**24

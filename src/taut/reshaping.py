@@ -14,10 +14,9 @@ from typing import NoReturn
 from torch import nn
 
 from taut.errors import RecipeError
-from taut.groups import Group, Groups
 from taut.modules import parametrized_names
 from taut.statistics import Statistics
-from taut.technique import Technique, matches
+from taut.technique import Technique
 from taut.trace import Trace
 from taut.types import Cost, Site
 
@@ -52,27 +51,3 @@ def check_order(technique: Technique, model: nn.Module) -> None:
             f"{technique.name}: the weight of site {carried[0]!r} is recoded already; put "
             f"{technique.name} first in the recipe"
         )
-
-
-def choose_groups(groups: Groups, step: Reshaping) -> list[Group]:
-    """The groups that a step's `only` chooses: where it matches all weights whose rows they are.
-
-    `!` leaves out every group that goes through what it names. Raises RecipeError where none is
-    left, with the names of those that there are.
-    """
-    barred = ",".join(p for p in step.only.split(",") if p.strip().startswith("!"))
-    found = []
-    for group in groups.groups:
-        makers = [m for m in group.members if m.trained and m.dim == 0]
-        wanted = all(matches(step.only, m.names) for m in makers or group.members[:1])
-        spared = barred and any(not matches(barred, m.names) for m in group.members if m.trained)
-        if wanted and not spared:
-            found.append(group)
-    if not found:
-        known = ", ".join(g.name for g in groups.groups)
-        why = "; ".join(f"{w.name}: {w.reason}" for w in groups.whole[:3])
-        raise RecipeError(
-            f"{step.name}: only={step.only!r} leaves no group whose width can change; known: "
-            f"{known or f'none ({why})'}"
-        )
-    return found

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
 from taut.pattern import Pattern
-from taut.products import Product, products
+from taut.products import Product, UnitMoments, products, unit_moments
 from taut.trace import Trace
 from taut.types import Site
 
@@ -163,6 +163,25 @@ class Statistics:
                 f"tells nothing; give training data that differ, or leave it out by "
                 f"only='!{site.name}'"
             )
+        return found
+
+    def units(self, wanted: Sequence[tuple[str, int, Tensor]]) -> list[UnitMoments]:
+        """What the units that weights read have to do with each other, in the model as it is now.
+
+        wanted: for each weight its name, the dimension along which units lie in it, and their
+        places, [units, places of each]. Raises TaskError without data, and where what a weight
+        reads is no number.
+        """
+        loss = self._needed("what units are alike")
+        probe = plain_copy(self._model)
+        given = [(tensor_at(probe, name), dim, places) for name, dim, places in wanted]
+        found = unit_moments(lambda: loss(probe), given)
+        for (name, _, _), each in zip(wanted, found, strict=True):
+            if not bool(each.moments.isfinite().all()):
+                raise TaskError(
+                    f"what {name!r} is multiplied with is not all numbers; look for NaN in the "
+                    "training data or in the network"
+                )
         return found
 
     def gradients(self, site: Site) -> Gradients:

@@ -1,9 +1,11 @@
-"""The contract that every recoding technique keeps, as tests that ship with the package.
+"""The contracts that techniques keep, as tests that ship with the package.
 
-An outside author subclasses the suite and names a technique; pytest does the rest:
+An outside author subclasses a suite and names a technique; pytest does the rest:
 
     class TestMine(taut.testing.RecodingContract):
         under_test = (MyTechnique(bits=3),)
+
+A technique that changes the structure of a network takes the ReshapingContract.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from taut import edits
 from taut.activations import place_input
 from taut.container import encode
 from taut.errors import RecipeError
@@ -28,12 +31,13 @@ from taut.pack import inspect, load, pack, packed_state
 from taut.packed import FORMATS
 from taut.recipe import Recipe
 from taut.recoding import Recoding, chain, core
+from taut.reshaping import Reshaping
 from taut.schedules import advance
 from taut.statistics import Statistics
 from taut.technique import techniques
 from taut.trace import Trace, trace
 
-__all__ = ["KINDS", "RecodingContract", "Sample"]
+__all__ = ["KINDS", "NETS", "RecodingContract", "ReshapingContract", "Sample"]
 
 
 @dataclass(frozen=True)
@@ -320,3 +324,162 @@ class _Loss:
     def _of(model: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = model(x)
         return -out.square().mean()
+
+
+# ---- reshaping ------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    """relu(x + f(x)), f of two convolutions with a norm between."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(width, inner, 3, padding=1), nn.BatchNorm2d(inner)
+        self.b = nn.Conv2d(inner, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.b(torch.relu(self.norm(self.a(x)))))
+
+
+class _Last(nn.Module):
+    """A recurrent stack whose last outputs a layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.out = nn.LSTM(12, 12, 2, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.stack(x)[0][:, -1])
+        return out
+
+
+NETS = {
+    "mlp": Sample(
+        lambda: nn.Sequential(
+            nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24),
+            nn.ReLU(), nn.Linear(24, 5),
+        ),
+        lambda: (torch.randn(16, 10),), "2.weight",
+    ),
+    "residual": Sample(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), _Block(8, 12), _Block(8, 12),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+        ),
+        lambda: (torch.randn(16, 3, 6, 6),), "2.a.weight",
+    ),
+    "lstm": Sample(_Last, lambda: (torch.randn(16, 4, 12),), "stack.weight_hh_l1"),
+}  # fmt: skip
+"""Small networks of each structure, the input of one batch, and a weight in the midst of each."""
+
+
+class ReshapingContract:
+    """Subclass this, name the technique in a few strengths, and run it by pytest.
+
+    Where it refuses a network, it has to name itself and to leave the network as it was. It must
+    change one of the networks, with each of its strengths.
+    """
+
+    under_test: ClassVar[Sequence[Reshaping]] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "technique" in metafunc.fixturenames:
+            metafunc.parametrize("technique", self.under_test, ids=str)
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", list(NETS))
+
+    def _reshaped(self, technique: Reshaping, kind: str) -> tuple[nn.Module, tuple[Any, ...]]:
+        """The network after it, and its input; skipped where the network is refused with reason."""
+        torch.manual_seed(0)
+        model, example = NETS[kind].build().eval(), NETS[kind].example()
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        made, reason = model, ""
+        try:
+            made = _reshape(technique, model, example)
+        except RecipeError as error:
+            reason = str(error)
+        if reason:
+            assert technique.name in reason
+            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+            assert not edits.of(model)
+            pytest.skip(f"refused: {reason}")
+        return made, example
+
+    def test_one_of_the_networks_gets_smaller(self, technique: Reshaping) -> None:
+        smaller = []
+        for kind in NETS:
+            try:
+                made = _reshape(technique, NETS[kind].build().eval(), NETS[kind].example())
+            except RecipeError:
+                continue
+            smaller.append(_numbers(made) < _numbers(NETS[kind].build()))
+        assert any(smaller)
+
+    def test_saved_and_loaded_it_answers_the_same(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        assert edits.from_json(edits.to_json(edits.of(model))) == edits.of(model)
+        with tempfile.TemporaryDirectory() as folder:
+            path, again = Path(folder) / "net.taut", Path(folder) / "again.taut"
+            pack(model, path, "float32")
+            loaded = load(path, NETS[kind].build())
+            pack(loaded, again, "float32")
+            assert again.read_bytes() == path.read_bytes()
+        assert _numbers(loaded) == _numbers(model)
+        with torch.no_grad():
+            _close(loaded(*example), model.eval()(*example))
+
+    def test_a_checkpoint_replays(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        again = edits.replay(NETS[kind].build(), edits.of(model)).eval()
+        again.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            _close(again(*example), model.eval()(*example))
+
+    def test_same_seed_same_bytes(self, technique: Reshaping, kind: str) -> None:
+        first, second = (encode(packed_state(self._reshaped(technique, kind)[0])) for _ in range(2))
+        assert first == second
+
+    def test_it_trains_on(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-2)
+        losses = []
+        for _ in range(15):
+            optimizer.zero_grad()
+            loss = (model(*example) - 1.0).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert all(p.grad is not None for p in model.parameters())
+        assert losses[-1] < 0.95 * losses[0]
+
+    def test_a_copy_is_independent(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        with torch.no_grad():
+            before = model.eval()(*example)
+            copied = clone(model)
+            assert edits.of(copied) == edits.of(model)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            _close(model(*example), before)
+
+    def test_what_it_leaves_can_be_recoded(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        second = techniques()["share_values"]()
+        assert isinstance(second, Recoding)
+        _apply(second, model, trace(model, (example, {})))
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            pack(model, Path(folder) / "net.taut", "float32")
+            loaded = load(Path(folder) / "net.taut", NETS[kind].build())
+            _close(loaded(*example), model.eval()(*example))
+
+    def test_its_text_reads_back(self, technique: Reshaping) -> None:
+        assert Recipe.parse(str(technique)).steps == (technique,)
+
+
+def _reshape(technique: Reshaping, model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    traced = trace(model, (example, {}))
+    return technique.reshape(model, traced, Statistics(model, _Loss(example), traced))
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -2,6 +2,10 @@
 
 from taut.groups.cut import cut
 from taut.groups.find import Cuts, Group, Groups, Member, Whole
+from taut.groups.reading import Reader, readers
 from taut.groups.rewrite import AsGraph, cut_graph
 
-__all__ = ["AsGraph", "Cuts", "Group", "Groups", "Member", "Whole", "cut", "cut_graph"]
+__all__ = [
+    "AsGraph", "Cuts", "Group", "Groups", "Member", "Reader", "Whole", "cut", "cut_graph",
+    "readers",
+]  # fmt: skip

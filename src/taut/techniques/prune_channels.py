@@ -13,7 +13,6 @@ place of every dimension in PyTorch's own graph, and a cut is checked by running
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,18 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from taut.errors import RecipeError
-from taut.groups import Cuts, Group, Groups, cut, cut_graph
-from taut.layers import Packed
-from taut.modules import clone
-from taut.reshaping import Reshaping, choose_groups
+from taut.groups import Cuts, Group, Groups
+from taut.reshaping import Reshaping
 from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.trace import Trace
+from taut.unit_cuts import Keep, chosen_groups, cut_units, refuse_packed, rounded
 from taut.unit_scores import ABSOLUTE, UNIT_CRITERIA, unit_scores
 
 _log = logging.getLogger("taut")
-
-Keep = dict[str, list[int]]
 
 
 @register_step
@@ -74,29 +70,14 @@ class PruneChannels(Reshaping):
     )
 
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
-        if any(isinstance(m, Packed) for m in model.modules()):
-            raise RecipeError(
-                "prune_channels: the network is packed already; give the network as it was before "
-                "taut.pack, or the one that was trained"
-            )
+        refuse_packed(self.name, model)
         groups = Groups(model, trace.example)
-        chosen = choose_groups(groups, self)
+        chosen = chosen_groups(self.name, self.only, groups)
         keep = self.keep(model, groups, chosen, statistics)
         if not keep:
             _log.warning("prune_channels: so little is to go that every group stays whole")
             return model
-        try:
-            cut(model, groups, keep)
-        except RecipeError as error:
-            graph = self._as_graph(model, groups, keep) if self.as_graph else None
-            keep = self._runs(model, groups, keep, str(error)) if graph is None else keep
-            if graph is None:
-                cut(model, groups, keep)
-            model = graph or model
-        for name, kept in keep.items():
-            _log.info("prune_channels: %s: %d of %d units", name, len(kept), groups[name].units)
-        self._report(groups, keep)
-        return model
+        return cut_units(self.name, model, groups, keep, self.as_graph)[0]
 
     def keep(
         self, model: nn.Module, groups: Groups, chosen: list[Group], statistics: Statistics
@@ -152,17 +133,10 @@ class PruneChannels(Reshaping):
             bar = ranked[gone - 1] if gone else ranked[0] - 1
             counts |= {name: int((score > bar).sum()) for name, score in relative.items()}
         for group in chosen:
-            count = self._rounded(group, counts[group.name])
+            count = rounded(group, counts[group.name], self.floor, self.round_to)
             if count < group.units:
                 best = scores[group.name].argsort(descending=True, stable=True)[:count]
                 yield group.name, best.sort().values.tolist()
-
-    def _rounded(self, group: Group, count: int) -> int:
-        """Up to the floor, and to a width that is a multiple."""
-        count = max(count, 1, math.ceil(self.floor * group.units))
-        width = min(m.places.shape[1] for m in group.members if m.trained)
-        step = self.round_to // math.gcd(self.round_to, width)
-        return min(math.ceil(count / step) * step, group.units)
 
     def _pools(self, groups: Groups, chosen: list[Group]) -> list[list[Group]]:
         if self.ranking == "local":
@@ -172,58 +146,3 @@ class PruneChannels(Reshaping):
             kind = tuple((m.dim, len(groups.tensors[m.name][2]), m.trained) for m in group.members)
             pools.setdefault(kind if self.ranking == "isomorphic" else None, []).append(group)
         return list(pools.values())
-
-    def _as_graph(self, model: nn.Module, groups: Groups, keep: Keep) -> nn.Module | None:
-        try:
-            graph = cut_graph(model, groups, keep)
-        except RecipeError as error:
-            _log.warning("prune_channels: %s", error)
-            return None
-        _log.warning(
-            "prune_channels: sizes stand in the code of %s as plain numbers, so its exported graph "
-            "takes its place: it trains, without dropout; as_graph=False leaves groups whole",
-            type(model).__name__,
-        )  # fmt: skip
-        return graph
-
-    def _runs(self, model: nn.Module, groups: Groups, keep: Keep, reason: str) -> Keep:
-        """The cuts that the network runs with, where it does not with all of them.
-
-        They are tried by halves, on copies. Raises RecipeError where none is left.
-        """
-        reasons: dict[str, str] = {}
-
-        def fails(some: Cuts) -> str:
-            try:
-                cut(clone(model), groups, some)
-            except RecipeError as error:
-                return str(error)
-            return ""
-
-        def good(some: Keep, reason: str) -> Keep:
-            if not reason:
-                return some
-            names = list(some)
-            if len(names) == 1:
-                reasons[names[0]] = reason
-                return {}
-            halves = names[: len(names) // 2], names[len(names) // 2 :]
-            parts = [{n: some[n] for n in half} for half in halves]
-            first, second = (good(part, fails(part)) for part in parts)
-            both = first | second
-            return both if not both or not fails(both) else max(first, second, key=len)
-
-        found = good(keep, reason)
-        if not found:
-            raise RecipeError(f"prune_channels: nothing can be cut: {reason}")
-        for name in keep.keys() - found.keys():
-            why = reasons.get(name, "the network does not run with it and the others cut")
-            _log.warning("prune_channels: %s stays whole: %s", name, why)
-        return found
-
-    def _report(self, groups: Groups, keep: Keep) -> None:
-        _log.info(
-            "prune_channels: %.1f %% of the MACs and %.1f %% of the parameters are left",
-            100 * groups.macs(keep) / max(groups.macs({}), 1),
-            100 * groups.parameters(keep) / groups.parameters({}),
-        )  # fmt: skip

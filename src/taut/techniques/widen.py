@@ -27,11 +27,12 @@ from taut import edits
 from taut.errors import RecipeError
 from taut.groups import Cuts, Group, Groups, cut
 from taut.modules import clone, tensor_at
-from taut.reshaping import Reshaping, choose_groups
+from taut.reshaping import Reshaping
 from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.trace import Example, Trace
 from taut.types import Cost, Site
+from taut.unit_cuts import chosen_groups
 
 _log = logging.getLogger("taut")
 TOLERANCE = 1e-3
@@ -67,7 +68,7 @@ class Widen(Reshaping):
             raise RecipeError("widen: a network is widened once; ask for the whole ratio at once")
         groups = Groups(model, trace.example)
         rng = np.random.default_rng(self.seed)
-        wanted = {g.name: self._units(g, rng) for g in choose_groups(groups, self)}
+        wanted = {g.name: self._units(g, rng) for g in chosen_groups(self.name, self.only, groups)}
         asked = {n: k for n, k in wanted.items() if len(k) > groups[n].units}
         before = _outputs(model, trace.example)
         keep = {}
