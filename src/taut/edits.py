@@ -177,6 +177,23 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
                 cast("dict[str, Tensor | None]", held)[leaf] = new
 
 
+def put_layer(model: nn.Module, path: str, made: nn.Module) -> nn.Module:
+    """Put a module in the place of a layer, whose mode and hooks it takes over.
+
+    Returns the network: the module itself where the layer is all of it.
+    """
+    layer = model.get_submodule(path)
+    made.train(layer.training)
+    for name, held in layer.__dict__.items():
+        if name.startswith(("_forward_", "_backward_")):
+            made.__dict__[name] = held
+    if not path:
+        return made
+    above, leaf = owner(model, path)
+    above.register_module(leaf, made)
+    return model
+
+
 def _set(model: nn.Module, name: str, value: int | list[int]) -> None:
     module, leaf = owner(model, name)
     held = module.__dict__.get(leaf)

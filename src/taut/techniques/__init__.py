@@ -17,6 +17,7 @@ from taut.techniques.quantize import Quantize
 from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
+from taut.techniques.swap_convs import SwapConvs
 from taut.techniques.variational_dropout import VariationalDropout
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "ShareValues",
     "StructuredMatrix",
     "Student",
+    "SwapConvs",
     "VariationalDropout",
 ]
