@@ -197,10 +197,9 @@ def why_not(to: str, conv: Conv, width: int) -> str:
     if conv.groups > 1:
         return "its channels come in groups"
     if to == "grouped":
-        odd = conv.inputs % width or conv.outputs % width
-        return (
-            f"{conv.inputs} and {conv.outputs} channels do not divide into {width}" if odd else ""
-        )
+        if conv.inputs % width or conv.outputs % width:
+            return f"{conv.inputs} and {conv.outputs} channels do not divide into {width} groups"
+        return ""
     if not long:
         return f"its kernel is {kernel}, a mix of channels alone"
     if to == "stacked":
@@ -293,7 +292,10 @@ class Swap(Edit):
                 )
         conv, weight = Conv.of(layer), cast(Tensor, layer.weight)
         if self.width < 1 or (self.to == "parallel" and self.width > 1):
-            raise FormatError(f"swap: width of {self.layer!r} must be 1 or more, got {self.width}")
+            raise FormatError(
+                f"swap: width of {self.layer!r} must be 1 or more, and 1 for parallel, "
+                f"got {self.width}"
+            )
         if told := why_not(self.to, conv, self.width):
             raise FormatError(f"swap: {self.layer!r} cannot become {self.to}: {told}")
         takes = numbers(self.to, conv, self.width, self.between, layer.bias is not None)
