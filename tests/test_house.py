@@ -44,7 +44,8 @@ FLOORS = (
     {"statistics"},
     {"importance", "activations", "container", "groups", "ranks"},
     {"technique", "unit_scores", "decompositions"},
-    {"recoding", "reshaping", "keep_search"},
+    {"conv_swaps"},
+    {"recoding", "reshaping", "keep_search", "conv_fits"},
     {
         "layers",
         "sparse_weight",

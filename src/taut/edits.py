@@ -224,3 +224,20 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
         for held in (module._parameters, module._buffers):
             for leaf in [n for n, tensor in held.items() if tensor is old]:
                 cast("dict[str, Tensor | None]", held)[leaf] = new
+
+
+def put_layer(model: nn.Module, path: str, made: nn.Module) -> nn.Module:
+    """Put a module in the place of a layer, whose mode and hooks it takes over.
+
+    Returns the network: the module itself where the layer is all of it.
+    """
+    layer = model.get_submodule(path)
+    made.train(layer.training)
+    for name, held in layer.__dict__.items():
+        if name.startswith(("_forward_", "_backward_")):
+            made.__dict__[name] = held
+    if not path:
+        return made
+    above, leaf = owner(model, path)
+    above.register_module(leaf, made)
+    return model

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, skip_init
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -125,6 +125,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
         plain = made.setdefault(cores[name], nn.Parameter(values[name]))
         module.register_parameter(parameter, plain)
     return copied
+
+
+def unfilled(kind: type[nn.Module], like: Tensor, *args: Any, **options: Any) -> nn.Module:
+    """A layer whose numbers are not set, of the device and type of a tensor, trained as it is."""
+    make = cast(Any, skip_init)
+    made: nn.Module = make(kind, *args, **options, device=like.device, dtype=like.dtype)
+    return made.requires_grad_(like.requires_grad)
 
 
 def drop_flat_weights(layer: nn.RNNBase) -> None:

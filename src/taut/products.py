@@ -224,9 +224,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         matrices = places.reshape(groups, -1, math.prod(places.shape[1:]))
         few = max(1, _MOST_NUMBERS // max(1, x[0].numel() * math.prod(size)))
         for part in torch.split(x, few):
-            windows = torch.unflatten(_windows(part, size, stride, dilation), 1, (groups, -1))
+            seen = torch.unflatten(windows(part, size, stride, dilation), 1, (groups, -1))
             spots = range(3, 3 + len(size))  # [n, groups, channels, *spots, *size]
-            rows = windows.permute(1, 0, *spots, 2, *(s + len(size) for s in spots))
+            rows = seen.permute(1, 0, *spots, 2, *(s + len(size) for s in spots))
             for group, (matrix, inputs) in enumerate(zip(matrices, rows, strict=True)):
                 self._meet((key, group), matrix, inputs.reshape(-1, matrix.shape[1]))
 
@@ -330,7 +330,7 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
     return spread
 
 
-def _windows(
+def windows(
     x: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     """x [n, channels, *spots], padded → [n, channels, *windows, *size]."""

@@ -8,13 +8,17 @@ built network.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+import torch
 from torch import nn
 
+from taut import edits
+from taut.edits import Edit
 from taut.errors import RecipeError
-from taut.modules import parametrized_names
+from taut.modules import clone, parametrized_names
 from taut.statistics import Statistics
 from taut.technique import Technique
 from taut.trace import Trace
@@ -50,4 +54,29 @@ def check_order(technique: Technique, model: nn.Module) -> None:
         raise RecipeError(
             f"{technique.name}: the weight of site {carried[0]!r} is recoded already; put "
             f"{technique.name} first in the recipe"
+        )
+
+
+@torch.no_grad()
+def check_runs(name: str, model: nn.Module, changes: Mapping[str, Edit], trace: Trace) -> None:
+    """Raise RecipeError, naming the layers, where a network cannot run on its example so.
+
+    changes: of the technique `name`, by the path of the layer that each replaces.
+    """
+    example = trace.example_on(model)
+
+    def told(some: list[Edit]) -> str:
+        probe = edits.replay(clone(model), some).eval()
+        try:
+            probe(*example[0], **example[1])
+        except Exception as error:  # whatever the network's own code makes of it
+            return str(error)
+        return ""
+
+    if reason := told([*changes.values()]):
+        bad = [path for path, change in changes.items() if told([change])] or [*changes]
+        barred = ", ".join(f"!{path}" for path in bad)
+        raise RecipeError(
+            f"{name}: the network's own code needs layer {', '.join(map(repr, bad))} whole "
+            f"({reason}); leave it out by only={barred!r}"
         )

@@ -19,6 +19,7 @@ from taut.techniques.quantize import Quantize
 from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
+from taut.techniques.swap_convs import SwapConvs
 from taut.techniques.tie_layers import TieLayers
 from taut.techniques.variational_dropout import VariationalDropout
 from taut.techniques.widen import Widen
@@ -43,6 +44,7 @@ __all__ = [
     "ShareValues",
     "StructuredMatrix",
     "Student",
+    "SwapConvs",
     "TieLayers",
     "VariationalDropout",
     "Widen",

@@ -20,19 +20,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from taut import edits
 from taut.decompositions import KINDS, Part, count, decomposed, limits, parts, ranks_of
-from taut.edits import Edit, register_edit
+from taut.edits import Edit, put_layer, register_edit
 from taut.errors import FormatError, RecipeError
-from taut.modules import clone, owner, tensor_at
+from taut.modules import owner, tensor_at, unfilled
 from taut.ranks import RULES, seen_by_data
-from taut.reshaping import Reshaping
+from taut.reshaping import Reshaping, check_runs
 from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.trace import Trace
@@ -78,7 +77,7 @@ class LowRank(Reshaping):
                 f"low_rank: no layer of only={self.only!r} gets smaller by {self}; keep less "
                 "(energy, ratio), or use factor_weights for recurrent layers and attention"
             )
-        _check_runs(model, [edit for edit, _ in found], trace)
+        check_runs(self.name, model, {e.layer: e for e, _ in found}, trace)
         for edit, weights in found:
             model = edit.replay(model)
             edits.note(model, edit)
@@ -118,28 +117,6 @@ class LowRank(Reshaping):
             count(how, shape, ranks), weight.numel(),
         )  # fmt: skip
         return Factor(layer=path, how=how, ranks=ranks), weights
-
-
-@torch.no_grad()
-def _check_runs(model: nn.Module, changes: list[Factor], trace: Trace) -> None:
-    """Raise RecipeError, naming the layers, where a network cannot run on its example so."""
-    example = trace.example_on(model)
-
-    def told(some: list[Factor]) -> str:
-        probe = edits.replay(clone(model), some).eval()
-        try:
-            probe(*example[0], **example[1])
-        except Exception as error:  # whatever the network's own code makes of it
-            return str(error)
-        return ""
-
-    if reason := told(changes):
-        bad = [c.layer for c in changes if told([c])] or [c.layer for c in changes]
-        barred = ", ".join(f"!{layer}" for layer in bad)
-        raise RecipeError(
-            f"low_rank: the network's own code needs layer {', '.join(map(repr, bad))} whole "
-            f"({reason}); leave it out by only={barred!r}"
-        )
 
 
 def _why_not(model: nn.Module, site: Site) -> str:
@@ -190,16 +167,7 @@ class Factor(Edit):
             )
         shape = tuple(tensor_at(layer, "weight").shape)
         self._check(shape)
-        made = _parts(layer, self.how, self.ranks)
-        made.train(layer.training)
-        for name, held in layer.__dict__.items():
-            if name.startswith(("_forward_", "_backward_")):
-                made.__dict__[name] = held
-        if not self.layer:
-            return made
-        above, leaf = owner(model, self.layer)
-        above.register_module(leaf, made)
-        return model
+        return put_layer(model, self.layer, _parts(layer, self.how, self.ranks))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         turned = (shape[1], shape[0], *shape[2:])  # for an Embedding it is all the same
@@ -242,15 +210,15 @@ def _parts(layer: nn.Module, how: str, ranks: list[int]) -> nn.Sequential:
     shape = tuple(weight.shape)
     if isinstance(layer, nn.Embedding):
         made = [
-            _empty(
+            unfilled(
                 nn.Embedding, weight, layer.num_embeddings, ranks[0], layer.padding_idx,
                 scale_grad_by_freq=layer.scale_grad_by_freq, sparse=layer.sparse,
             ),
-            _empty(nn.Linear, weight, ranks[0], layer.embedding_dim, bias=False),
+            unfilled(nn.Linear, weight, ranks[0], layer.embedding_dim, bias=False),
         ]  # fmt: skip
     elif isinstance(layer, nn.Linear):
         found = parts(how, shape, ranks)
-        made = [_empty(nn.Linear, weight, p.inputs, p.outputs, bias=False) for p in found]
+        made = [unfilled(nn.Linear, weight, p.inputs, p.outputs, bias=False) for p in found]
     else:
         conv = cast("nn.Conv1d | nn.Conv2d", layer)
         made = [_convolution(conv, p, weight) for p in parts(how, shape, ranks)]
@@ -268,16 +236,9 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, part: Part, like: Tensor) -> nn.M
         return tuple(v if s else otherwise for v, s in zip(values, spans, strict=True))
 
     given = layer.padding
-    return _empty(
+    return unfilled(
         type(layer), like, part.inputs, part.outputs, part.shape(layer.kernel_size)[2:],
         own(layer.stride, 1), given if isinstance(given, str) else own(given, 0),
         own(layer.dilation, 1), part.groups, bias=False,
         padding_mode=layer.padding_mode if any(spans) else "zeros",
     )  # fmt: skip
-
-
-def _empty(kind: type[nn.Module], like: Tensor, *args: Any, **options: Any) -> nn.Module:
-    """A layer whose weight is not filled, of the device and type of another one."""
-    make = cast(Any, skip_init)
-    made: nn.Module = make(kind, *args, **options, device=like.device, dtype=like.dtype)
-    return made.requires_grad_(like.requires_grad)
