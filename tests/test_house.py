@@ -39,7 +39,7 @@ FLOORS = (
         "ranges",
     },
     {"data", "trace", "second_order", "packed", "edits"},
-    {"statistics"},
+    {"statistics", "timing"},
     {"importance", "activations", "container", "groups", "ranks"},
     {"technique", "unit_scores", "decompositions"},
     {"recoding", "reshaping", "keep_search"},

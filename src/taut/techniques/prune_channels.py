@@ -27,6 +27,7 @@ from taut.modules import clone
 from taut.reshaping import Reshaping
 from taut.statistics import Statistics
 from taut.technique import matches, option, register_step
+from taut.timing import reduced_to
 from taut.trace import Trace
 from taut.unit_scores import ABSOLUTE, UNIT_CRITERIA, unit_scores
 
@@ -51,8 +52,9 @@ class PruneChannels(Reshaping):
 
     ratio: float = option(0.5, low=0, below=1, help="the fraction removed")
     of: str = option(
-        "units", choices=("units", "macs", "parameters"),
-        help="what the fraction is of: units, or at least so much of the network's work or size",
+        "units", choices=("units", "macs", "parameters", "latency"),
+        help="what the fraction is of: units, or at least so much of the network's work, size or "
+        "time for one example, measured here and now",
     )  # fmt: skip
     criterion: str = option(
         "group", choices=tuple(UNIT_CRITERIA),
@@ -85,18 +87,28 @@ class PruneChannels(Reshaping):
         if not keep:
             _log.warning("prune_channels: so little is to go that every group stays whole")
             return model
-        try:
-            cut(model, groups, keep)
-        except RecipeError as error:
-            graph = self._as_graph(model, groups, keep) if self.as_graph else None
-            keep = self._runs(model, groups, keep, str(error)) if graph is None else keep
-            if graph is None:
-                cut(model, groups, keep)
-            model = graph or model
+        model, keep, told = self._cut(model, groups, keep)
+        for line in told:
+            _log.warning("prune_channels: %s", line)
         for name, kept in keep.items():
             _log.info("prune_channels: %s: %d of %d units", name, len(kept), groups[name].units)
         self._report(groups, keep)
         return model
+
+    def _cut(
+        self, model: nn.Module, groups: Groups, keep: Keep
+    ) -> tuple[nn.Module, Keep, list[str]]:
+        """The network cut, in place or as its graph, what was kept, and what is to be told."""
+        told: list[str] = []
+        try:
+            cut(model, groups, keep)
+        except RecipeError as error:
+            graph = self._as_graph(model, groups, keep, told) if self.as_graph else None
+            if graph is not None:
+                return graph, keep, told
+            keep = self._runs(model, groups, keep, str(error), told)
+            cut(model, groups, keep)
+        return model, keep, told
 
     def chosen(self, groups: Groups) -> list[Group]:
         """The groups that `only` chooses."""
@@ -130,19 +142,36 @@ class PruneChannels(Reshaping):
 
         if self.of == "units":
             return at(self.ratio)
+        if self.of == "latency":
+            return at(self._to_latency(model, groups, at))
         return self._to_budget(groups.macs if self.of == "macs" else groups.parameters, at)
+
+    def _to_latency(self, model: nn.Module, groups: Groups, at: Callable[[float], Keep]) -> float:
+        """The least ratio of units at which the cut network was fast enough when it was timed."""
+
+        def reduced(ratio: float) -> nn.Module:
+            keep = at(ratio)
+            return self._cut(clone(model), groups, keep)[0] if keep else model
+
+        ratio, share = reduced_to(clone(model), reduced, groups.example, 1 - self.ratio)
+        if share > 1 - self.ratio:
+            raise self._out_of_reach(share, f"{100 * share:.1f} % of the time is")
+        _log.info("prune_channels: at batch 1 it takes %.1f %% of the time", 100 * share)
+        return ratio
+
+    def _out_of_reach(self, share: float, left: str) -> RecipeError:
+        return RecipeError(
+            f"prune_channels: ratio={self.ratio:g} of {self.of} is out of reach: with "
+            f"floor={self.floor:g} and round_to={self.round_to} at most {1 - share:.3f} can go "
+            f"({left} left); lower the floor or ask for less"
+        )
 
     def _to_budget(self, count: Callable[[Cuts], int], at: Callable[[float], Keep]) -> Keep:
         """The least ratio of units that meets the budget, to a thousandth."""
         whole, least = max(count({}), 1), at(1.0)
         most = (1 - self.ratio) * whole
         if count(least) > most:
-            raise RecipeError(
-                f"prune_channels: ratio={self.ratio:g} of {self.of} is out of reach: with "
-                f"floor={self.floor:g} and round_to={self.round_to} at most "
-                f"{1 - count(least) / whole:.3f} can go ({count(least):,} of {whole:,} are left); "
-                "lower the floor or ask for less"
-            )
+            raise self._out_of_reach(count(least) / whole, f"{count(least):,} of {whole:,} are")
         low, high, best = 0.0, 1.0, least
         while high - low > 1e-3:
             middle = (low + high) / 2
@@ -194,20 +223,23 @@ class PruneChannels(Reshaping):
             pools.setdefault(kind if self.ranking == "isomorphic" else None, []).append(group)
         return list(pools.values())
 
-    def _as_graph(self, model: nn.Module, groups: Groups, keep: Keep) -> nn.Module | None:
+    def _as_graph(
+        self, model: nn.Module, groups: Groups, keep: Keep, told: list[str]
+    ) -> nn.Module | None:
         try:
             graph = cut_graph(model, groups, keep)
         except RecipeError as error:
-            _log.warning("prune_channels: %s", error)
+            told.append(str(error))
             return None
-        _log.warning(
-            "prune_channels: sizes stand in the code of %s as plain numbers, so its exported graph "
-            "takes its place: it trains, without dropout; as_graph=False leaves groups whole",
-            type(model).__name__,
-        )  # fmt: skip
+        told.append(
+            f"sizes stand in the code of {type(model).__name__} as plain numbers, so its exported "
+            "graph takes its place: it trains, without dropout; as_graph=False leaves groups whole"
+        )
         return graph
 
-    def _runs(self, model: nn.Module, groups: Groups, keep: Keep, reason: str) -> Keep:
+    def _runs(
+        self, model: nn.Module, groups: Groups, keep: Keep, reason: str, told: list[str]
+    ) -> Keep:
         """The cuts that the network runs with, where it does not with all of them.
 
         They are tried by halves, on copies. Raises RecipeError where none is left.
@@ -239,7 +271,7 @@ class PruneChannels(Reshaping):
             raise RecipeError(f"prune_channels: nothing can be cut: {reason}")
         for name in keep.keys() - found.keys():
             why = reasons.get(name, "the network does not run with it and the others cut")
-            _log.warning("prune_channels: %s stays whole: %s", name, why)
+            told.append(f"{name} stays whole: {why}")
         return found
 
     def _report(self, groups: Groups, keep: Keep) -> None:
