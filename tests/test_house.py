@@ -42,7 +42,7 @@ FLOORS = (
     {"statistics", "timing"},
     {"importance", "activations", "container", "groups", "ranks"},
     {"technique", "unit_scores", "decompositions"},
-    {"recoding", "reshaping", "keep_search"},
+    {"recoding", "reshaping", "keep_search", "rank_budget"},
     {
         "layers",
         "sparse_weight",
