@@ -244,6 +244,33 @@ def test_the_low_rank_benchmark_passes_quickly(tmp_path):
             assert math.isfinite(found[f"{net}, {rule}: loss before recovery"]["ours"])
 
 
+@pytest.mark.usefixtures("clothes")
+def test_the_slimming_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/papers/slim.py", "--quick", "--json", str(record), cwd=ROOT)
+    figures = json.loads(record.read_text())["figures"]
+    found = {f["name"].partition(": ")[2]: f for f in figures}
+    assert found["times fewer MACs"]["holds"]
+    assert {f["name"].partition(" at batch ")[2] for f in figures[2:]} == {
+        "64, 1 thread", "1, 1 thread",
+    }  # fmt: skip
+    assert all(f["ours"] > 0 for f in figures[2:])
+
+
+def test_the_benchmark_of_half_an_lstm_passes_quickly(tmp_path):
+    try:
+        king_james()
+    except DataError as error:
+        pytest.skip(f"the text is not to be had: {error}")
+    record = tmp_path / "record.json"
+    printed = run("benchmarks/papers/lstm.py", "--quick", "--json", str(record), cwd=ROOT)
+    units, worse, *times = json.loads(record.read_text())["figures"]
+    assert units["ours"] == 256
+    assert math.isfinite(worse["ours"])
+    assert [f["ours"] > 0 for f in times] == [True, True]
+    assert "512 units → 256" in printed
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")
@@ -257,6 +284,9 @@ def test_the_kernels_benchmark_passes_quickly(tmp_path):
 def test_coverage_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/coverage.py", "--quick", "--json", str(record), cwd=ROOT)
-    figures = json.loads(record.read_text())["figures"]
-    assert [f["name"].partition(",")[0] for f in figures] == ["GPT-2", "ViT", "BiLSTM"]
-    assert all(f["holds"] and 25 < f["ours"] < 60 for f in figures)
+    *halved, seconds, memory = json.loads(record.read_text())["figures"]
+    assert [f["name"].partition(",")[0] for f in halved] == ["GPT-2", "ViT", "BiLSTM"]
+    assert all(f["holds"] and 25 < f["ours"] < 60 for f in halved)
+    assert seconds["ours"] > 0
+    exported, peak = re.findall(r"(\d+) MB", memory["paper"])[:2]
+    assert int(peak) >= int(exported) / 2 > 0

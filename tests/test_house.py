@@ -41,11 +41,11 @@ FLOORS = (
         "matching",
     },
     {"data", "trace", "second_order", "packed", "edits"},
-    {"statistics"},
+    {"statistics", "timing"},
     {"importance", "activations", "container", "groups", "ranks"},
     {"technique", "unit_scores", "decompositions"},
     {"conv_swaps"},
-    {"recoding", "reshaping", "keep_search", "conv_fits"},
+    {"recoding", "reshaping", "keep_search", "conv_fits", "rank_budget"},
     {
         "layers",
         "sparse_weight",

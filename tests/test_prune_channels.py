@@ -153,6 +153,61 @@ def test_a_budget_below_the_floors_names_the_smallest():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_so_does_one_of_parameters():
+    net, x = build("mlp")
+    told = (
+        r"ratio=0\.9 of parameters is out of reach: with floor=0\.5 and round_to=1 at most 0\.625 "
+        r"can go \(138 of 368 are left\); lower the floor or ask for less"
+    )
+    with pytest.raises(RecipeError, match=told):
+        pruned(net, x, ratio=0.9, of="parameters", floor=0.5)
+    assert widths(net) == [(16, 6), (12, 16), (4, 12)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Networks that take a microsecond a parameter, and a millisecond besides; what was timed."""
+    timed = []
+
+    def race(models, example, seconds=0.1):
+        timed.append((models, example))
+        return [1 + 1e-3 * sum(p.numel() for p in m.parameters()) for m in models]
+
+    monkeypatch.setattr("taut.timing.race", race)
+    return timed
+
+
+def test_a_budget_of_latency_is_met_by_few_measurements_at_batch_1(clock):
+    net, x = build("mlp")
+    pruned(net, x, ratio=0.1, of="latency")
+    (whole, part), ((one,), _) = clock[0]
+    assert sum(p.numel() for p in whole.parameters()) == 368
+    assert len(x) > 1
+    assert len(one) == 1
+    assert len(clock) == 7
+    assert 200 < sum(p.numel() for p in net.parameters()) <= 0.9 * 1368 - 1000
+    assert edits.of(part)
+    assert part is not net
+
+
+def test_a_latency_that_no_cut_reaches_names_the_smallest(clock):
+    net, x = build("mlp")
+    told = (
+        r"ratio=0\.5 of latency is out of reach: with floor=0\.5 and round_to=1 at most 0\.168 can "
+        r"go \(83\.2 % of the time is left\)"
+    )
+    with pytest.raises(RecipeError, match=told):
+        pruned(net, x, ratio=0.5, of="latency", floor=0.5)
+    assert len(clock) == 1
+    assert widths(net) == [(16, 6), (12, 16), (4, 12)]
+
+
+def test_latency_is_measured_on_what_takes_the_networks_place(clock):
+    small = pruned(stubborn(), torch.randn(2, 5, 6), ratio=0.1, of="latency", floor=0.0)
+    assert [e.kind for e in edits.of(small)] == ["as_graph", "resize"]
+    assert sum(p.numel() for p in small.parameters()) <= 0.9 * (1000 + 330) - 1000
+
+
 def test_only_chooses_by_the_rows_of_weights():
     net, x = build("residual")
     pruned(net, x, only="a, c")

@@ -22,7 +22,7 @@ Oseledets, Lempitsky (ICLR 2015), by alternating least squares in place of their
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,41 @@ def _enough(weight: Tensor, energy: float, root: Tensor | None) -> list[int]:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return [low]
+
+
+def losses(
+    kind: str, weight: Tensor, root: Tensor | None = None
+) -> Iterator[tuple[list[int], float]]:
+    """Ranks of fewer numbers than the weight has, and the share of the energy that each loses.
+
+    The energy is ‖W R‖², of the outputs on the data. For channel all ranks, and what they lose; for
+    spatial all ranks, with the moments pooled; for tucker those that keep like shares of both
+    unfoldings, and at most what both lose together; for cp eight, tried out.
+    """
+    weight = weight.detach().cpu().double()
+    shape = tuple(weight.shape)
+    if kind == "cp":
+        yield from _tried(weight, root)
+        return
+    squares = [torch.linalg.svdvals(m).square() for m in _unfoldings(kind, weight, root)]
+    if not all(float(s.sum()) > 0 for s in squares):  # nothing to lose
+        squares = [torch.ones(1, dtype=torch.float64) for _ in squares]
+    kept = [s.cumsum(0) / s.sum() for s in squares]
+    for share in sorted(set(torch.cat(kept).tolist())):
+        ranks = [min(int((k < share).sum()) + 1, len(k)) for k in kept]
+        if count(kind, shape, ranks) < weight.numel():
+            gone = (float(1 - k[r - 1]) for k, r in zip(kept, ranks, strict=True))
+            yield ranks, max(round(sum(gone), 12), 0.0)  # less is rounding of the weights
+
+
+def _tried(weight: Tensor, root: Tensor | None) -> Iterator[tuple[list[int], float]]:
+    """Eight ranks of cp, evenly spread over those of fewer numbers, and what they lose."""
+    shape = tuple(weight.shape)
+    most = _within("cp", shape, weight.numel() - 1)
+    seen = weight if root is None else _over_channels(weight, _pooled(root, shape[1]))
+    for rank in sorted({max(1, n * most[0] // 8) for n in range(1, 9)} if most else ()):
+        lost = (_joined(_als(seen, rank)) - seen).square().sum()
+        yield [rank], float(lost / seen.square().sum().clamp(min=1e-300))
 
 
 def _unfoldings(kind: str, weight: Tensor, root: Tensor | None) -> list[Tensor]:

@@ -60,21 +60,26 @@ def rounded(group: Group, count: int, floor: float, round_to: int) -> int:
 
 
 def cut_units(
-    name: str, model: nn.Module, groups: Groups, keep: Keep, as_graph: bool
+    name: str, model: nn.Module, groups: Groups, keep: Keep, as_graph: bool, quiet: bool = False
 ) -> tuple[nn.Module, Keep]:
     """Keep these units; returns the network that it became and the cuts that it runs with.
 
-    as_graph: whether its graph may take its place. Raises RecipeError, with the network as it was,
-    where it runs with none of them.
+    as_graph: whether its graph may take its place. quiet: the log is told nothing. Raises
+    RecipeError, with the network as it was, where it runs with none of them.
     """
+    told: list[str] = []
     try:
         cut(model, groups, keep)
     except RecipeError as error:
-        graph = _graph(name, model, groups, keep) if as_graph else None
-        keep = _running(name, model, groups, keep, str(error)) if graph is None else keep
+        graph = _graph(model, groups, keep, told) if as_graph else None
+        keep = _running(name, model, groups, keep, str(error), told) if graph is None else keep
         if graph is None:
             cut(model, groups, keep)
         model = graph or model
+    if quiet:
+        return model, keep
+    for line in told:
+        _log.warning("%s: %s", name, line)
     for each, kept in keep.items():
         _log.info("%s: %s: %d of %d units", name, each, len(kept), groups[each].units)
     _log.info(
@@ -85,21 +90,22 @@ def cut_units(
     return model, keep
 
 
-def _graph(name: str, model: nn.Module, groups: Groups, keep: Keep) -> nn.Module | None:
+def _graph(model: nn.Module, groups: Groups, keep: Keep, told: list[str]) -> nn.Module | None:
     try:
         graph = cut_graph(model, groups, keep)
     except RecipeError as error:
-        _log.warning("%s: %s", name, error)
+        told.append(str(error))
         return None
-    _log.warning(
-        "%s: sizes stand in the code of %s as plain numbers, so its exported graph takes its "
-        "place: it trains, without dropout; as_graph=False leaves groups whole",
-        name, type(model).__name__,
-    )  # fmt: skip
+    told.append(
+        f"sizes stand in the code of {type(model).__name__} as plain numbers, so its exported "
+        "graph takes its place: it trains, without dropout; as_graph=False leaves groups whole"
+    )
     return graph
 
 
-def _running(name: str, model: nn.Module, groups: Groups, keep: Keep, reason: str) -> Keep:
+def _running(
+    name: str, model: nn.Module, groups: Groups, keep: Keep, reason: str, told: list[str]
+) -> Keep:
     """The cuts that the network runs with, where it does not with all of them.
 
     They are tried by halves, on copies. Raises RecipeError where none is left.
@@ -131,5 +137,5 @@ def _running(name: str, model: nn.Module, groups: Groups, keep: Keep, reason: st
         raise RecipeError(f"{name}: nothing can be cut: {reason}")
     for each in keep.keys() - found.keys():
         why = reasons.get(each, "the network does not run with it and the others cut")
-        _log.warning("%s: %s stays whole: %s", name, each, why)
+        told.append(f"{each} stays whole: {why}")
     return found

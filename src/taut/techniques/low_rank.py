@@ -6,8 +6,9 @@ A Linear layer becomes two, an Embedding a narrow one and a Linear layer, a conv
 (decompositions.py has the formulas and papers). The bias stays on the last; stride, padding and
 dilation go to the part that spans their dimension. The rank is chosen for each layer: it keeps a
 share of the energy (squared singular values), or a share of the numbers, or what stands out of the
-noise of the weights by variational Bayes. With `weighted` what is kept is what the calibration data
-use: the error is that of the layer's outputs.
+noise of the weights by variational Bayes. Or the ranks of all layers are chosen together, for a
+budget of the network's multiply-accumulates, bytes or time: rank_budget.py. With `weighted` what is
+kept is what the calibration data use: the error is that of the layer's outputs.
 
 Denton, Zaremba, Bruna, LeCun, Fergus: Exploiting linear structure (NeurIPS 2014). Where we differ:
 a rank at which a layer would not get smaller is refused, and the layer stays as it is. Layers whose
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,14 +28,25 @@ import torch
 from torch import Tensor, nn
 
 from taut import edits
-from taut.decompositions import KINDS, Part, count, decomposed, limits, parts, ranks_of
+from taut.decompositions import (
+    KINDS,
+    Part,
+    count,
+    decomposed,
+    limits,
+    losses,
+    parts,
+    ranks_of,
+)
 from taut.edits import Edit, put_layer, register_edit
 from taut.errors import FormatError, RecipeError
-from taut.modules import owner, tensor_at, unfilled
+from taut.modules import clone, owner, tensor_at, unfilled
+from taut.rank_budget import BUDGETS, Call, Choice, calls_of, macs_of, spread
 from taut.ranks import RULES, seen_by_data
 from taut.reshaping import Reshaping, check_runs
 from taut.statistics import Statistics
 from taut.technique import option, register_step
+from taut.timing import reduced_to
 from taut.trace import Trace
 from taut.types import Site
 
@@ -46,11 +59,16 @@ _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 class LowRank(Reshaping):
     """Let each layer be several smaller ones in a row."""
 
-    rank: str = option("energy", choices=RULES, help="what the rank of a layer follows from")
+    rank: str = option(
+        "energy", choices=(*RULES, *BUDGETS),
+        help="what the rank of a layer follows from; macs, bytes and latency are of the network",
+    )  # fmt: skip
     energy: float = option(0.9, low=0.01, high=1, help="for rank='energy': the share to keep")
     ratio: float = option(
-        0.5, low=0.001, below=1, help="for rank='ratio': numbers after, to those before"
-    )
+        0.5, low=0.001, below=1,
+        help="for rank='ratio': a layer's numbers after, to those before; for a budget: what is "
+        "left of it at most",
+    )  # fmt: skip
     conv: str = option("channel", choices=KINDS, help="what a convolution becomes")
     weighted: bool = option(True, help="whether the calibration data say what matters")
 
@@ -62,16 +80,24 @@ class LowRank(Reshaping):
             )
 
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
-        found: list[tuple[Factor, list[Tensor]]] = []
+        layers: list[_Layer] = []
         for site in self.sites(trace):
-            path, layer = site.name.rpartition(".")[0], owner(model, site.name)[0]
-            why = _why_not(model, site)
-            if not why:
-                change = self._change(path, layer, site, statistics)
-                why = "a rank that would do takes no fewer numbers" if change is None else ""
-                found += [change] if change else []
-            if why:
-                _log.info("low_rank: %s stays as it is: %s", path or "the layer", why)
+            if why := _why_not(model, site):
+                _log.info("low_rank: %s stays as it is: %s", _path(site) or "the layer", why)
+            else:
+                layers.append(self._layer(owner(model, site.name)[0], site, statistics))
+        if self.rank in BUDGETS and layers:
+            chosen = self._within(model, layers, trace)
+        else:
+            chosen = [self._ranks(layer) for layer in layers]
+        found = []
+        for layer, ranks in zip(layers, chosen, strict=True):
+            if ranks:
+                found.append((layer.change(ranks), layer.parts(ranks)))
+            else:
+                why = "a rank that would do takes no fewer numbers"
+                why = "the budget leaves it whole" if self.rank in BUDGETS else why
+                _log.info("low_rank: %s stays as it is: %s", layer.path or "the layer", why)
         if not found:
             raise RecipeError(
                 f"low_rank: no layer of only={self.only!r} gets smaller by {self}; keep less "
@@ -87,36 +113,128 @@ class LowRank(Reshaping):
                     cast(Tensor, part.weight).copy_(weight)
         return model
 
-    def _change(
-        self, path: str, layer: nn.Module, site: Site, statistics: Statistics
-    ) -> tuple[Factor, list[Tensor]] | None:
-        """The edit and the weights of the parts; None where they are no fewer numbers."""
-        weight = tensor_at(layer, "weight").detach().cpu().double()
+    def _layer(self, module: nn.Module, site: Site, statistics: Statistics) -> _Layer:
+        """A layer as the data see it. Raises RecipeError for weights that are no numbers."""
+        weight = tensor_at(module, "weight").detach().cpu().double()
         if not bool(weight.isfinite().all()):
             raise RecipeError(f"low_rank: site {site.name!r} holds NaN or infinite weights")
-        how, root = self.conv, None
-        if weight.dim() == 2 or math.prod(weight.shape[2:]) == 1:
-            how = "channel"
-        table = isinstance(layer, nn.Embedding)
+        one_place = weight.dim() == 2 or math.prod(weight.shape[2:]) == 1
+        table, root = isinstance(module, nn.Embedding), None
         if self.weighted:
             seen = seen_by_data(weight, site, statistics, self.name)
             root = seen.root if seen.by_row == table else None
-        turned = weight.T if table else weight
-        ranks = ranks_of(how, turned, self.rank, self.energy, self.ratio, root)
-        shape = tuple(turned.shape)
-        ranks = [min(r, n) for r, n in zip(ranks, limits(how, shape), strict=False)]
-        if not ranks or count(how, shape, ranks) >= weight.numel():
-            return None
-        weights = decomposed(how, turned, ranks, root)
-        if table:
+        how = "channel" if one_place else self.conv
+        return _Layer(_path(site), module, how, weight.T if table else weight, root, table)
+
+    def _ranks(self, layer: _Layer) -> list[int]:
+        """The ranks of a layer by a rule for itself; [] where they are no fewer numbers."""
+        ranks = ranks_of(
+            layer.how, layer.weight, self.rank, self.energy, self.ratio, layer.root
+        )  # fmt: skip
+        ranks = [min(r, n) for r, n in zip(ranks, limits(layer.how, layer.shape), strict=False)]
+        smaller = ranks and count(layer.how, layer.shape, ranks) < layer.weight.numel()
+        return ranks if smaller else []
+
+    def _within(self, model: nn.Module, layers: list[_Layer], trace: Trace) -> list[list[int]]:
+        """The ranks of all layers within the budget; [] for a layer that stays."""
+        calls = calls_of(model, {layer.path: layer.module for layer in layers}, trace.example)
+        of_numbers = self.rank == "bytes"
+        total = trace.parameters if of_numbers else trace.macs
+        choices = [layer.choices(None if of_numbers else calls[layer.path]) for layer in layers]
+        whole = sum(c[0].cost for c in choices)
+
+        def within(left: float) -> tuple[list[list[int]], int]:
+            found = spread(choices, left - (total - whole))
+            return [list(c.ranks) for c in found], total - whole + sum(c.cost for c in found)
+
+        if self.rank == "latency":
+            least = within(0)[1]
+            return self._fast_enough(
+                model, layers, trace, lambda by: within(total - by * (total - least))[0]
+            )
+        ranks, left = within(self.ratio * total)
+        if left > self.ratio * total:
+            raise self._out_of_reach(left / total, f"{left:,} of {total:,}")
+        _log.info("low_rank: %.1f %% of the %s are left", 100 * left / total, self.rank)
+        return ranks
+
+    def _fast_enough(
+        self, model: nn.Module, layers: list[_Layer], trace: Trace,
+        reduced_by: Callable[[float], list[list[int]]],
+    ) -> list[list[int]]:  # fmt: skip
+        """The ranks of the most work at which the network was fast enough when it was timed."""
+
+        def reduced(reduction: float) -> nn.Module:
+            ranks = reduced_by(reduction)
+            changes = [la.change(r) for la, r in zip(layers, ranks, strict=True) if r]
+            made = edits.replay(clone(model), changes)
+            for change in changes:
+                for parameter in made.get_submodule(change.layer).parameters():
+                    nn.init.normal_(parameter, std=0.01)  # what a file would fill in
+            return made
+
+        reduction, share = reduced_to(clone(model), reduced, trace.example, self.ratio)
+        if share > self.ratio:
+            raise self._out_of_reach(share, f"{100 * share:.1f} % of the time")
+        _log.info("low_rank: at batch 1 it takes %.1f %% of the time", 100 * share)
+        return reduced_by(reduction)
+
+    def _out_of_reach(self, share: float, left: str) -> RecipeError:
+        return RecipeError(
+            f"low_rank: ratio={self.ratio:g} of the network's {self.rank} is out of reach: with "
+            f"the least ranks in all layers of only={self.only!r} {share:.3f} is left ({left}); "
+            "ask for more"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer that can become several: its weight, turned for a table, and what the data use."""
+
+    path: str
+    module: nn.Module
+    how: str
+    weight: Tensor
+    root: Tensor | None
+    table: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def choices(self, calls: list[Call] | None) -> list[Choice]:
+        """The layer as it is and by all its ranks; they cost work, or without calls numbers."""
+
+        def cost(ranks: Sequence[int]) -> int:
+            if calls is None:
+                return count(self.how, self.shape, ranks) if ranks else self.weight.numel()
+            return macs_of(self.how, self.shape, ranks, calls, self.table)
+
+        found = [Choice((), cost(()), 0.0)]
+        for ranks, loss in losses(self.how, self.weight, self.root):
+            made = Choice(tuple(ranks), cost(ranks), loss)
+            found += [made] if made.cost < found[0].cost else []
+        return found
+
+    def change(self, ranks: list[int]) -> Factor:
+        return Factor(layer=self.path, how=self.how, ranks=ranks)
+
+    def parts(self, ranks: list[int]) -> list[Tensor]:
+        """The weights of the parts."""
+        weights = decomposed(self.how, self.weight, ranks, self.root)
+        if self.table:
             weights[0] = weights[0].T.clone()
-            weights[0][(weight == 0).all(1)] = 0  # of what pads, to the last bit
+            weights[0][(self.weight.T == 0).all(1)] = 0  # of what pads, to the last bit
         _log.info(
             "low_rank: %s becomes %d layers of rank %s (%s), %d numbers of %d",
-            path or "the layer", len(weights), ", ".join(map(str, ranks)), how,
-            count(how, shape, ranks), weight.numel(),
+            self.path or "the layer", len(weights), ", ".join(map(str, ranks)), self.how,
+            count(self.how, self.shape, ranks), self.weight.numel(),
         )  # fmt: skip
-        return Factor(layer=path, how=how, ranks=ranks), weights
+        return weights
+
+
+def _path(site: Site) -> str:
+    return site.name.rpartition(".")[0]
 
 
 def _why_not(model: nn.Module, site: Site) -> str:

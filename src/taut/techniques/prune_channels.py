@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from taut.errors import RecipeError
 from taut.groups import Cuts, Group, Groups
+from taut.modules import clone
 from taut.reshaping import Reshaping
 from taut.statistics import Statistics
 from taut.technique import option, register_step
+from taut.timing import reduced_to
 from taut.trace import Trace
 from taut.unit_cuts import Keep, chosen_groups, cut_units, refuse_packed, rounded
 from taut.unit_scores import ABSOLUTE, UNIT_CRITERIA, unit_scores
@@ -47,8 +49,9 @@ class PruneChannels(Reshaping):
 
     ratio: float = option(0.5, low=0, below=1, help="the fraction removed")
     of: str = option(
-        "units", choices=("units", "macs", "parameters"),
-        help="what the fraction is of: units, or at least so much of the network's work or size",
+        "units", choices=("units", "macs", "parameters", "latency"),
+        help="what the fraction is of: units, or at least so much of the network's work, size or "
+        "time for one example, measured here and now",
     )  # fmt: skip
     criterion: str = option(
         "group", choices=tuple(UNIT_CRITERIA),
@@ -90,19 +93,38 @@ class PruneChannels(Reshaping):
 
         if self.of == "units":
             return at(self.ratio)
+        if self.of == "latency":
+            return at(self._to_latency(model, groups, at))
         return self._to_budget(groups.macs if self.of == "macs" else groups.parameters, at)
+
+    def _to_latency(self, model: nn.Module, groups: Groups, at: Callable[[float], Keep]) -> float:
+        """The least ratio of units at which the cut network was fast enough when it was timed."""
+
+        def reduced(ratio: float) -> nn.Module:
+            keep = at(ratio)
+            if not keep:
+                return model
+            return cut_units(self.name, clone(model), groups, keep, self.as_graph, quiet=True)[0]
+
+        ratio, share = reduced_to(clone(model), reduced, groups.example, 1 - self.ratio)
+        if share > 1 - self.ratio:
+            raise self._out_of_reach(share, f"{100 * share:.1f} % of the time is")
+        _log.info("prune_channels: at batch 1 it takes %.1f %% of the time", 100 * share)
+        return ratio
+
+    def _out_of_reach(self, share: float, left: str) -> RecipeError:
+        return RecipeError(
+            f"prune_channels: ratio={self.ratio:g} of {self.of} is out of reach: with "
+            f"floor={self.floor:g} and round_to={self.round_to} at most {1 - share:.3f} can go "
+            f"({left} left); lower the floor or ask for less"
+        )
 
     def _to_budget(self, count: Callable[[Cuts], int], at: Callable[[float], Keep]) -> Keep:
         """The least ratio of units that meets the budget, to a thousandth."""
         whole, least = max(count({}), 1), at(1.0)
         most = (1 - self.ratio) * whole
         if count(least) > most:
-            raise RecipeError(
-                f"prune_channels: ratio={self.ratio:g} of {self.of} is out of reach: with "
-                f"floor={self.floor:g} and round_to={self.round_to} at most "
-                f"{1 - count(least) / whole:.3f} can go ({count(least):,} of {whole:,} are left); "
-                "lower the floor or ask for less"
-            )
+            raise self._out_of_reach(count(least) / whole, f"{count(least):,} of {whole:,} are")
         low, high, best = 0.0, 1.0, least
         while high - low > 1e-3:
             middle = (low + high) / 2

@@ -1,0 +1,63 @@
+"""Timing by turns: the slower network is told, and the least reduction that will do is found."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from taut import timing
+from taut.timing import first_of, race, reduced_to
+
+
+class Sleeper(nn.Module):
+    """Sleeps, and notes the batches that it was given and its mode."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seconds, self.seen = seconds, []
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        self.seen.append((len(x), self.training, torch.is_grad_enabled()))
+        return x
+
+
+def test_a_race_takes_turns_and_tells_the_times():
+    slow, fast = Sleeper(0.004), Sleeper(0.0)
+    first, second = race([slow, fast], ((torch.zeros(3, 2),), {}), seconds=0.0)
+    assert first >= 4.0
+    assert second < first
+    assert len(slow.seen) == len(fast.seen) == 1 + 5 * 4
+    assert set(slow.seen) == {(3, False, False)}
+
+
+def test_the_least_reduction_is_found_and_was_itself_timed(monkeypatch):
+    timed = []
+
+    def no_clock(models, example, seconds=0.1):
+        timed.append(models[1])
+        return [10.0, 10.0 - 8.0 * models[1]]
+
+    monkeypatch.setattr(timing, "race", no_clock)
+    found, share = reduced_to(nn.Identity(), lambda r: r, ((torch.zeros(2, 2),), {}), 0.5)
+    assert found == 0.625  # 10 - 8 · 0.625 = 5
+    assert share == 0.5
+    assert found in timed
+    assert len(timed) == 7
+
+
+def test_where_nothing_will_do_the_least_share_is_told(monkeypatch):
+    monkeypatch.setattr(timing, "race", lambda models, example: [10.0, 10.0 - 8.0 * models[1]])
+    found = reduced_to(nn.Identity(), lambda r: r, ((torch.zeros(2, 2),), {}), 0.1)
+    assert found == (1.0, pytest.approx(0.2))
+
+
+def test_the_first_of_a_batch():
+    x, table = torch.arange(6).reshape(3, 2), torch.zeros(4, 4)
+    (one, same), named = first_of(((x, table), {"mask": torch.ones(3), "flag": True}))
+    assert one.tolist() == [[0, 1]]
+    assert same is table
+    assert named["mask"].shape == (1,)
+    assert named["flag"] is True
