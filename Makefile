@@ -7,7 +7,7 @@ CSRC := $(shell find src/taut/kernels/csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize lint check
+.PHONY: help setup demo test sanitize lint docs check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-check: lint $(if $(shell command -v $${CXX:-c++}),sanitize) test ## all that CI checks
+docs: $(STAMP) ## build the site, strictly, into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint docs $(if $(shell command -v $${CXX:-c++}),sanitize) test ## all that CI checks
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("Taut needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v[:2])'

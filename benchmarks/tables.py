@@ -17,9 +17,13 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINES = ("records", "deep_compression", "kernels")
-DOCUMENTS = {ROOT / "README.md": True, ROOT / "docs" / "results.md": False}
+DOCS = ROOT / "docs"
+DOCUMENTS = {ROOT / "README.md": True, DOCS / "results.md": False, DOCS / "choosing.md": True}
 """Which documents have tables, and whether only the headlines."""
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+CHOICES = re.compile(r"(<!-- choices -->\n).*?(<!-- /choices -->)", re.DOTALL)
+STEP = re.compile(r"(\w+)\(")
+TRAINING = {"recover", "training", "aim", "schedule", "regularise", "distillation"}
 
 
 def rows(record: dict[str, Any]) -> list[str]:
@@ -53,6 +57,20 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def choices(records: dict[str, dict[str, Any]]) -> str:
+    """For each chain of techniques that stands in the records, the figures it reached."""
+    chains: dict[str, list[str]] = {}
+    for record in records.values():
+        for f in record["figures"]:
+            names = [n for n in STEP.findall(f["command"]) if n not in TRAINING]
+            if names and f["holds"]:
+                ours = f"{f['name']}: **{_number(f['ours'])}{f['unit']}**"
+                chains.setdefault(" > ".join(dict.fromkeys(names)), []).append(ours)
+    lines = ["| techniques | measured |", "|---|---|"]
+    lines += [f"| {chain} | {'; '.join(found[:4])} |" for chain, found in sorted(chains.items())]
+    return "\n".join([*lines, ""])
+
+
 def _with(measured: dict[str, Any]) -> tuple[str, ...]:
     """What a row was measured with."""
     machine, torch = measured["machine"], measured["versions"]["torch"]
@@ -70,6 +88,8 @@ def write(document: str, headlines: bool = False) -> str:
     found = sorted(RESULTS.glob("*.json"))
     names = HEADLINES if headlines else [p.stem for p in found]
     records = {n: json.loads((RESULTS / f"{n}.json").read_text(encoding="utf-8")) for n in names}
+    every = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in found}
+    document = CHOICES.sub(lambda m: f"{m[1]}\n{choices(every)}\n{m[2]}", document)
     return MARKS.sub(lambda m: f"{m[1]}\n{table(records)}\n{m[2]}", document)
 
 

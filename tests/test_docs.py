@@ -1,5 +1,6 @@
 """What the documents say is run: the worked technique, the README's recipes, goals and code."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import small_net
 import taut
 from taut.cli import app
 from taut.goal import is_goal
+from taut.technique import techniques
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,4 +92,36 @@ def test_the_readmes_figures_are_those_of_the_records():
     for path, headlines in tables.DOCUMENTS.items():
         text = path.read_text(encoding="utf-8")
         assert tables.write(text, headlines) == text
-        assert "| LeNet-5, bytes |" in text
+        assert "LeNet-5, bytes" in text
+
+
+def site():
+    path = ROOT / "docs" / "technique_pages.py"
+    spec = importlib.util.spec_from_file_location("technique_pages", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_technique_has_a_page_with_all_its_options():
+    pages = site().pages()
+    for name, cls in techniques().items():
+        page = pages[f"techniques/{name}.md"]
+        assert all(f"| `{f.name}` |" in page for f in cls.options())
+        assert f"]({name}.md)" in pages["techniques/index.md"]
+    assert "LeNet-5, 4 bits" in pages["techniques/quantize.md"]
+
+
+def test_the_recipes_that_the_choices_name_parse():
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").partition("<!--")[0]
+    recipes = [r.replace("…", "2500") for r in re.findall(r"`(\w+\(.*?\))`", text)]
+    assert len(recipes) >= 10
+    assert all(taut.Recipe.parse(r).steps for r in recipes)
+
+
+def test_the_quick_start_runs(tmp_path, monkeypatch, trained, task):
+    monkeypatch.chdir(tmp_path)
+    names = {"net": trained, "train": task._data["train"], "test": task._data["test"],
+             "build": small_net}  # fmt: skip
+    exec(blocks("docs/index.md", "python")[1], names)
+    assert torch.equal(names["again"][0].bias, names["result"].model[0].bias)
