@@ -54,7 +54,7 @@ def copy_units(net, groups, group):
 
 
 EXACT = ("plain", "residual", "depthwise", "grouped", "shuffled halves", "up and down", "attention",
-         "encoder", "bilstm", "gru", "cells", "projected lstm")  # fmt: skip
+         "encoder", "bilstm", "gru", "cells")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -224,13 +224,41 @@ def test_without_data_it_says_what_to_do(trained, task):
     assert not edits.of(trained)
 
 
-def test_weights_that_are_no_numbers_are_refused():
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (2, "merge_neurons: what '4.weight' is multiplied with is not all numbers; look for NaN"),
+        (4, "merge_neurons: '4.weight' holds NaN or infinite weights"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(layer, told):
     net, x, _ = build("mlp")
     with torch.no_grad():
-        net[2].weight[0, 0] = float("nan")
-    with pytest.raises(RecipeError, match=r"merge_neurons: .*not all numbers|'2.weight' holds NaN"):
+        net[layer].weight[0, 0] = float("nan")
+    with pytest.raises(RecipeError, match=told):
         merged(net, x)
     assert tuple(net[0].weight.shape) == (16, 6)
+    assert not edits.of(net)
+
+
+class Sometimes(nn.Module):
+    """Has a layer that its loss does not reach, though its example does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+def test_what_the_data_do_not_reach_stays_whole(caplog):
+    net, x = Sometimes().eval(), torch.randn(20, 6)
+    statistics = Statistics(net, lambda m: float(m.b(torch.relu(m.a(x))).square().mean()))
+    with caplog.at_level(logging.INFO, "taut"):
+        made = MergeNeurons().reshape(net, trace(net, ((x[:2],), {})), statistics)
+    assert "merge_neurons: b.weight stays whole: the data do not reach c.weight" in caplog.text
+    assert (made.a.out_features, made.b.out_features) == (6, 8)
 
 
 def test_a_packed_network_is_refused(trained, task, tmp_path):

@@ -225,6 +225,7 @@ def test_an_assignment_is_the_best_of_all():
     [
         ({"names": "2"}, r"names must be like 'a=b=c, d=e', got '2'; name two weights or modules"),
         ({"names": "2=,4=6"}, r"names must be like .*, got '2=,4=6'"),
+        ({"names": "2=4, 4=6"}, r"got '2=4, 4=6'; name two .* at least, and each once"),
         ({"names": "2=4", "count": 1}, r"names says what is tied, got count=1 too; leave one out"),
         ({"count": 0}, r"count must lie in \[1, inf\), got 0"),
         ({"start": "last"}, "start has no choice 'last'"),

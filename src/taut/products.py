@@ -101,19 +101,33 @@ class UnitMoments:
 def unit_moments(
     run: Callable[[], object], wanted: Sequence[tuple[Tensor, int, Tensor]]
 ) -> list[UnitMoments]:
-    """The moments of what weights read, all while `run` runs once.
+    """The moments of what weights read, while `run` runs: once for every few weights.
 
-    wanted: for each weight the tensor that the network uses, the dimension along which units lie,
-    and their places there, [units, places of each]. What is not seen has rows = 0.
+    wanted: for each group of units the weight that reads it, as the network uses it, the dimension
+    along which the units lie, and their places there, [units, places of each]. What is not seen
+    has rows = 0.
     """
-    watches = [_UnitWatch(weight, dim, places) for weight, dim, places in wanted]
-    with contextlib.ExitStack() as stack:
-        for watch in watches:
-            stack.enter_context(watch)
-        _plainly(run)
-    return [watch.gathered for watch in watches]
+    watches: dict[int, _UnitWatch] = {}
+    found = []
+    for weight, dim, places in wanted:
+        if id(weight) not in watches:
+            watches[id(weight)] = _UnitWatch(weight)
+        found.append(watches[id(weight)].want(dim, places))
+    left = list(watches.values())
+    while left:
+        some, left = left[:_MOST_WATCHED], left[_MOST_WATCHED:]
+        with contextlib.ExitStack() as stack:
+            for watch in some:
+                watch.begin()
+                stack.enter_context(watch)
+            _plainly(run)
+        for watch in some:
+            watch.known.clear()
+    return found
 
 
+_MOST_WATCHED = 16
+"""Weights in one run: each looks at every operation, and maps all of its numbers."""
 _MATRICES = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
 """Operations that multiply two arguments, and the place of the first."""
 _COPIES = {"clone", "_to_copy"}
@@ -281,13 +295,24 @@ class _Earlier(_Watch):  # type: ignore[no-untyped-call]
 class _UnitWatch(_Watch):  # type: ignore[no-untyped-call]
     """Adds up what units have to do with each other, in place of columns."""
 
-    def __init__(self, weight: Tensor, dim: int, places: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__(weight, diagonal=True)
-        zeros = torch.zeros(len(places), len(places), dtype=torch.float64, device=weight.device)
-        self.gathered = UnitMoments(zeros, zeros.new_zeros(len(places)))
-        self.after, self.size = math.prod(weight.shape[dim + 1 :]), weight.shape[dim]
-        self.places = places.to(weight.device)
-        self.order: dict[Any, Tensor | None] = {}
+        self.known.clear()
+        self.weight = weight
+        self.asked: list[tuple[int, Tensor, UnitMoments]] = []
+        self.order: dict[Any, list[Tensor | None]] = {}
+
+    def want(self, dim: int, places: Tensor) -> UnitMoments:
+        """What will be found of these units."""
+        zeros = torch.zeros(len(places), len(places), dtype=torch.float64)
+        zeros = zeros.to(self.weight.device)
+        made = UnitMoments(zeros, zeros.new_zeros(len(places)))
+        self.asked.append((dim, places.to(self.weight.device), made))
+        return made
+
+    def begin(self) -> None:
+        numbers = torch.arange(self.numel, device=self.weight.device)
+        self._follow(self.weight, numbers.reshape(self.weight.shape))
 
     def _meet(
         self, key: Any, index: Tensor, x: Tensor | None = None, counts: Tensor | None = None
@@ -295,21 +320,25 @@ class _UnitWatch(_Watch):  # type: ignore[no-untyped-call]
         if x is None:
             return
         if key not in self.order:
-            self.order[key] = self._columns(index)
-        columns = self.order[key]
-        if columns is not None:
-            seen = x[:, columns].double().flatten(0, 1)  # [inputs · columns of each, units]
-            self.gathered.moments += seen.T @ seen
-            self.gathered.sums += seen.sum(0)
-            self.gathered.rows += len(seen)
+            self.order[key] = [self._columns(index, dim, places) for dim, places, _ in self.asked]
+        for columns, (_, _, found) in zip(self.order[key], self.asked, strict=True):
+            if columns is not None:
+                seen = x[:, columns].double().flatten(0, 1)  # [inputs · columns of each, units]
+                found.moments += seen.T @ seen
+                found.sums += seen.sum(0)
+                found.rows += len(seen)
 
-    def _columns(self, index: Tensor) -> Tensor | None:
-        """[columns of each, units]: where the units are read; None where they are made."""
-        lies = index // self.after % self.size
-        if not bool((lies == lies[:1]).all()):
+    def _columns(self, index: Tensor, dim: int, places: Tensor) -> Tensor | None:
+        """[columns of each, units]: where the units are read; None where they are made.
+
+        None, too, for a part of the weight in which not all of them are.
+        """
+        lies = index // math.prod(self.weight.shape[dim + 1 :]) % self.weight.shape[dim]
+        each = torch.bincount(lies[0], minlength=self.weight.shape[dim])
+        if not bool((lies == lies[:1]).all() and (each == each[0]).all()):
             return None
-        found = [(lies[0] == place).nonzero()[:, 0] for place in self.places.flatten()]
-        return torch.stack(found).reshape(len(self.places), -1).T
+        order = lies[0].argsort(stable=True).reshape(self.weight.shape[dim], -1)
+        return order[places].flatten(1).T
 
 
 _MOST_NUMBERS = 2**24

@@ -13,9 +13,11 @@ Lan et al.: ALBERT (ICLR 2020) shares all of a Transformer's layers; Press, Wolf
 embedding to improve language models (EACL 2017) ties the head to the embedding; Ainsworth, Hayase,
 Srinivasa: Git Re-Basin (ICLR 2023) matches units of two networks. Where we differ: trained layers
 of one network are tied, and a factor or an order is looked at on the example and undone where it
-changes an answer.
-Filters of one layer need no tying: those that are multiples of each other give parallel outputs,
-which `merge_neurons` joins, and pieces of rows that come again are `share_values(vectors=…)`.
+changes an answer. What is near by distance need not be near in effect: recover after it.
+
+Filters of one layer are other techniques' work: those that are multiples of each other give
+parallel outputs, which `merge_neurons` joins, so that one of them is not even computed; and pieces
+of rows that come again are stored once by `share_values(vector=4)`.
 """
 
 from __future__ import annotations
@@ -76,10 +78,11 @@ class TieLayers(Reshaping):
                 f"tie_layers: names says what is tied, got {told[0]}={getattr(self, told[0])} too; "
                 "leave one out"
             )
-        if any(len(group) < 2 or not all(group) for group in self._named()):
+        every = [name for group in self._named() for name in group]
+        if any(len(g) < 2 for g in self._named()) or "" in every or len(set(every)) < len(every):
             raise RecipeError(
                 f"tie_layers: names must be like 'a=b=c, d=e', got {self.names!r}; name two "
-                "weights or modules at least"
+                "weights or modules at least, and each once"
             )
 
     def _named(self) -> list[list[str]]:
