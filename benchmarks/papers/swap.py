@@ -31,8 +31,9 @@ from taut.modules import clone
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import ROOT, Figure, run
 
-SWAP = "swap_convs(only='!features.0')"
+SWAP = "swap_convs(only='!features.0', tolerance=1)"
 TRAINING = "training(precision='bfloat16')"
+TEACHER = "distillation(cache='teacher')"
 FIRST = taut.Recover(epochs=4, learning_rate=2e-3, weight_decay=0.1, distill=0.0)
 RECOVER = taut.Recover(epochs=4, learning_rate=2e-3, weight_decay=0.1, distill=0.9)
 BATCHES = (1, 64)
@@ -51,7 +52,7 @@ def figures(options: argparse.Namespace, folder: Path) -> list[Figure]:
     task, short = task_of(options.quick), taut.Recover(epochs=1, learning_rate=2e-3)
     model = trained(task, options, folder)
     recover = short if options.quick else RECOVER
-    recipe = f"{SWAP} > {TRAINING} > {recover}"
+    recipe = f"{SWAP} > {TRAINING} > {TEACHER} > {recover}"
     result = taut.compress(
         model, task, recipe, folder=folder / f"run-{options.seed}", seed=options.seed
     )
