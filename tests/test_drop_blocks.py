@@ -247,7 +247,7 @@ def test_what_the_network_needs_stays_and_is_named(caplog):
         made = dropped(net, IMAGES, count=2)
     assert edits.of(made) == (Drop(path="b", gives="input"),)
     assert "drop_blocks: a stays: without it TypeError" in caplog.text
-    assert "drop_blocks: 1 of 1 blocks went: the network needs the rest" in caplog.text
+    assert "drop_blocks: 1 of 2 blocks went: the network needs the rest" in caplog.text
 
 
 def test_options_are_checked():
@@ -314,6 +314,16 @@ def test_hostile_edits_are_refused_and_the_model_is_untouched(kind, options, tol
     assert after.keys() == before.keys()
     assert all(torch.equal(t, before[n]) for n, t in after.items())
     assert not edits.of(model)
+
+
+def test_a_loss_that_is_no_number_drops_nothing(caplog):
+    net = residual(1.0, 1.0)
+    gone = lambda m: len(list(m.parameters())) < len(list(net.parameters()))  # noqa: E731
+    statistics = Statistics(net, lambda m: float("nan") if gone(m) else 1.0)
+    with caplog.at_level(logging.WARNING, "taut"):
+        made = DropBlocks().reshape(clone(net), trace(net, ((IMAGES[:2],), {})), statistics)
+    assert not edits.of(made)
+    assert "drop_blocks: 0 of 2 blocks went: the loss would be inf" in caplog.text
 
 
 def test_copies_and_checkpoints_keep_the_place():

@@ -73,7 +73,8 @@ class DropBlocks(Reshaping):
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
         refuse_packed(self.name, model)
         able = self._able(model, trace)
-        most = self._most(len(able))
+        total = len(able)
+        most = self._most(total)
         try:
             whole = now = statistics.loss(model)
         except TaskError as error:
@@ -87,11 +88,11 @@ class DropBlocks(Reshaping):
                 if (found := _try(model, block, trace, outputs, statistics, reasons)) is not None
             ]
             best = min(tried, key=lambda t: t.loss, default=None)
-            if best is None or best.loss > bound:
+            if best is None or best.loss > bound or best.loss == math.inf:
                 why = f"the loss would be {best.loss:.4g}" if best else "the network needs the rest"
                 _log.log(
                     logging.WARNING if not dropped else logging.INFO,
-                    "drop_blocks: %d of %d blocks went: %s", dropped, len(able), why,
+                    "drop_blocks: %d of %d blocks went: %s", dropped, total, why,
                 )  # fmt: skip
                 break
             held = sum(p.numel() for p in model.parameters())
@@ -125,8 +126,8 @@ class DropBlocks(Reshaping):
         wanted = [b for b in found if all(matches(self.only, (n,)) for n in b.weights)]
         if not wanted:
             others = [o for o in ("blocks", "branches", "layers") if o != self.of]
-            try_ = f"none; try of={others[0]!r} or of={others[1]!r}"
-            known = ", ".join(b.name for b in found) or try_
+            none = f"none; try of={others[0]!r} or of={others[1]!r}"
+            known = ", ".join(b.name for b in found) or none
             raise RecipeError(
                 f"drop_blocks: none of the {self.of} of only={self.only!r} gives the shape that it "
                 f"reads, or is added to what does; those that do: {known}"
