@@ -271,6 +271,19 @@ def test_the_benchmark_of_half_an_lstm_passes_quickly(tmp_path):
     assert "512 units → 256" in printed
 
 
+@pytest.mark.usefixtures("clothes")
+def test_the_swap_benchmark_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run(
+        "benchmarks/papers/swap.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1"
+    )
+    found = {f["name"].partition(": ")[2]: f["ours"]
+             for f in json.loads(record.read_text())["figures"]}  # fmt: skip
+    assert found["times fewer MACs"] > 4
+    assert abs(found["points of accuracy lost"]) < 60
+    assert found["times faster, batch 1, 1 threads, PyTorch"] > 0
+
+
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")

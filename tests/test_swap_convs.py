@@ -83,10 +83,9 @@ def test_least_squares_alone_keep_much_of_what_the_network_knows(net, images, to
 
 def test_a_block_that_was_trained_misses_less(net, images, caplog):
     caplog.set_level("INFO", "taut")
-    step = SwapConvs(to="fire", squeeze=0.4, only="2", tolerance=1, block_steps=100)
-    taut.apply(clone(net), step, images)
+    taut.apply(clone(net), SwapConvs(only="2", tolerance=1, block_steps=100), images)
     ((after, before),) = re.findall(r"missing ([\d.]+) % of .* \(([\d.]+) % before", caplog.text)
-    assert 0 < float(after) < float(before)
+    assert 0 < float(after) < 0.99 * float(before)
 
 
 def test_each_block_learns_from_what_it_will_read(net, caplog):

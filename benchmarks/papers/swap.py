@@ -52,7 +52,8 @@ def figures(options: argparse.Namespace, folder: Path) -> list[Figure]:
     task, short = task_of(options.quick), taut.Recover(epochs=1, learning_rate=2e-3)
     model = trained(task, options, folder)
     recover = short if options.quick else RECOVER
-    recipe = f"{SWAP} > {TRAINING} > {TEACHER} > {recover}"
+    swap = SWAP.replace(")", ", block_steps=5)") if options.quick else SWAP
+    recipe = f"{swap} > {TRAINING} > {TEACHER} > {recover}"
     result = taut.compress(
         model, task, recipe, folder=folder / f"run-{options.seed}", seed=options.seed
     )

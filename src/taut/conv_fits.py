@@ -261,7 +261,7 @@ def lost(made: nn.Module, x: Tensor, target: Tensor) -> float:
     return missed / max(spread, 1e-30)
 
 
-def train(made: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float = 1e-2) -> None:
+def train(made: nn.Module, x: Tensor, target: Tensor, steps: int, rate: float = 3e-3) -> None:
     """Train a block on what it reads and shall give: Adam on the mean squared distance.
 
     The rate falls to zero by a cosine; norms then measure all of the data. Batches come in random

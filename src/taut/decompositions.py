@@ -92,6 +92,20 @@ def decomposed(
     return makers[kind](weight, ranks, root)
 
 
+def composed(kind: str, weights: Sequence[Tensor]) -> Tensor:
+    """The one weight that the parts amount to, [out, in, *kernel]."""
+    first, last = weights[0], weights[-1]
+    if kind == "spatial":
+        across = torch.einsum("rin,orm->oinm", first.flatten(2), last.flatten(2))
+        return across.reshape(*across.shape[:2], first.shape[2], *weights[-1].shape[3:])
+    if kind == "cp":
+        sides = [w.flatten(1).T for w in weights[1:-1]]
+        return _joined([last.flatten(1), first.flatten(1).T, *sides])
+    if kind == "tucker":
+        first = torch.einsum("rs...,si->ri...", weights[1], first.flatten(1))
+    return torch.einsum("or,r...->o...", last.flatten(1), first)
+
+
 # ---- ranks ----------------------------------------------------------------------------------
 
 

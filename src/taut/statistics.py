@@ -137,7 +137,7 @@ class Statistics:
         same, and where nothing multiplies by the weight in a way that can be seen.
         """
         loss = self._needed(f"what site {site.name!r} is multiplied with")
-        first, probe = self._first, plain_copy(self._model)
+        first, probe = self.first, plain_copy(self._model)
 
         def run_first(_: nn.Module, args: Any, kwargs: Any) -> None:
             first(*args, **kwargs)
@@ -258,8 +258,8 @@ class Statistics:
     # ---- gathering ----------------------------------------------------------------------
 
     @cached_property
-    def _first(self) -> nn.Module:
-        """The model as it was when what a weight is multiplied with was first asked for."""
+    def first(self) -> nn.Module:
+        """The model as it was when this, or what a weight is multiplied with, was first asked."""
         return plain_copy(self._model).eval()
 
     @cached_property

@@ -8,7 +8,8 @@ dilation go to the part that spans their dimension. The rank is chosen for each 
 share of the energy (squared singular values), or a share of the numbers, or what stands out of the
 noise of the weights by variational Bayes. Or the ranks of all layers are chosen together, for a
 budget of the network's multiply-accumulates, bytes or time: rank_budget.py. With `weighted` what is
-kept is what the calibration data use: the error is that of the layer's outputs.
+kept is what the calibration data use: the error is that of the layer's outputs, and layers are
+taken in turn, each to give for what it reads by then what it gave at first.
 
 Denton, Zaremba, Bruna, LeCun, Fergus: Exploiting linear structure (NeurIPS 2014). Where we differ:
 a rank at which a layer would not get smaller is refused, and the layer stays as it is. Layers whose
@@ -31,6 +32,7 @@ from taut import edits
 from taut.decompositions import (
     KINDS,
     Part,
+    composed,
     count,
     decomposed,
     limits,
@@ -42,8 +44,9 @@ from taut.edits import Edit, put_layer, register_edit
 from taut.errors import FormatError, RecipeError
 from taut.modules import clone, owner, tensor_at, unfilled
 from taut.rank_budget import BUDGETS, Call, Choice, calls_of, macs_of, spread
-from taut.ranks import RULES, seen_by_data
+from taut.ranks import RULES, input_root, seen_by_data
 from taut.reshaping import Reshaping, check_runs
+from taut.second_order import damped, realigned
 from taut.statistics import Statistics
 from taut.technique import option, register_step
 from taut.timing import reduced_to
@@ -90,10 +93,10 @@ class LowRank(Reshaping):
             chosen = self._within(model, layers, trace)
         else:
             chosen = [self._ranks(layer) for layer in layers]
-        found = []
+        found, seen = [], _Seen(model, statistics) if self.weighted else None
         for layer, ranks in zip(layers, chosen, strict=True):
             if ranks:
-                found.append((layer.change(ranks), layer.parts(ranks)))
+                found.append((layer.change(ranks), layer.parts(ranks, seen)))
             else:
                 why = "a rank that would do takes no fewer numbers"
                 why = "the budget leaves it whole" if self.rank in BUDGETS else why
@@ -124,7 +127,7 @@ class LowRank(Reshaping):
             seen = seen_by_data(weight, site, statistics, self.name)
             root = seen.root if seen.by_row == table else None
         how = "channel" if one_place else self.conv
-        return _Layer(_path(site), module, how, weight.T if table else weight, root, table)
+        return _Layer(site, module, how, weight.T if table else weight, root, table)
 
     def _ranks(self, layer: _Layer) -> list[int]:
         """The ranks of a layer by a rule for itself; [] where they are no fewer numbers."""
@@ -191,12 +194,16 @@ class LowRank(Reshaping):
 class _Layer:
     """A layer that can become several: its weight, turned for a table, and what the data use."""
 
-    path: str
+    site: Site
     module: nn.Module
     how: str
     weight: Tensor
     root: Tensor | None
     table: bool
+
+    @property
+    def path(self) -> str:
+        return _path(self.site)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -219,9 +226,16 @@ class _Layer:
     def change(self, ranks: list[int]) -> Factor:
         return Factor(layer=self.path, how=self.how, ranks=ranks)
 
-    def parts(self, ranks: list[int]) -> list[Tensor]:
-        """The weights of the parts."""
-        weights = decomposed(self.how, self.weight, ranks, self.root)
+    def parts(self, ranks: list[int], seen: _Seen | None) -> list[Tensor]:
+        """The weights of the parts; seen: what the data are where earlier layers are parts."""
+        if seen is None or self.root is None or self.table:
+            weights = decomposed(self.how, self.weight, ranks, self.root)
+        else:
+            weight, root = seen.now(self.site)
+            weights = decomposed(self.how, weight, ranks, root)
+        if seen is not None:
+            whole = composed(self.how, weights)
+            seen.put(self.site, whole.T if self.table else whole)
         if self.table:
             weights[0] = weights[0].T.clone()
             weights[0][(self.weight.T == 0).all(1)] = 0  # of what pads, to the last bit
@@ -231,6 +245,35 @@ class _Layer:
             count(self.how, self.shape, ranks), self.weight.numel(),
         )  # fmt: skip
         return weights
+
+
+class _Seen:
+    """What layers read once those before them have become parts, and what they are to give then.
+
+    A later layer makes good what the earlier ones lost (second_order.realigned).
+    """
+
+    def __init__(self, model: nn.Module, statistics: Statistics) -> None:
+        self.model = clone(model)
+        self.statistics = Statistics(self.model, statistics.loss)
+        assert self.statistics.first  # kept before anything changes
+
+    def now(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """The weight to come near to, and the root of the moments of its inputs."""
+        weight = tensor_at(self.model, site.name).detach().cpu().double()
+        flat = weight.flatten()
+        met = [p for p in self.statistics.products(site) if p.moments.dim() == 2]
+        for product in met:
+            rows, drift = flat[product.index.cpu()], product.drift
+            if drift is not None:
+                hessian = damped(product.moments.cpu())
+                flat[product.index.cpu()] = realigned(rows, hessian, drift.cpu())
+        return flat.reshape(weight.shape), input_root(met, weight[0].numel())
+
+    @torch.no_grad()
+    def put(self, site: Site, weight: Tensor) -> None:
+        """Let the copy compute with what the parts amount to."""
+        tensor_at(self.model, site.name).copy_(weight)
 
 
 def _path(site: Site) -> str:

@@ -6,8 +6,8 @@ conv_swaps.py has the six and their papers. Site after site, the new parts start
 by least squares on what the layer reads (in the network as it is swapped so far) and gave (in the
 original), and are then trained on these pairs alone for `block_steps`. Distil the whole network by
 a `recover` behind it. A site that would not get smaller, in numbers and in MACs, and one whose
-outputs would miss more than `tolerance` of their variance stay as they are. That keeps the first
-convolution of most networks whole: a few colours have few parts.
+outputs would miss more than `tolerance` of their variance stay as they are. A first convolution,
+which reads a few colours, gains little: leave it out by `only`.
 
 Howard, Sandler, Chu, Chen, Chen, Tan, Wang, Zhu, Vasudevan, Adam: MobileNets (2017), train such
 layers from random numbers; here the old network is taught to them.
