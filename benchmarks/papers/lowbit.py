@@ -2,11 +2,11 @@
 
 LeNet-5 and a ResNet of 8 layers (the first with stride 2) on Fashion-MNIST. Every network starts
 from the same trained float one, and is trained on as long as that is, at the same rate, by products
-in bfloat16; those of few bits are also distilled from the float one. The first and the last layer have 8 bits throughout; with one bit for both, LQ's
-column is binarize with two fitted levels for what layers read. What is scored is the file, read
-back. Points are those lost to the float network, the better of its scores before and after it was
-trained on. The post-training row sees 1,024 training examples, trains nothing, and is compared with
-the float network that it comes from.
+in bfloat16; those of few bits are also distilled from the float one. The first and the last layer
+have 8 bits throughout; with one bit for both, LQ's column is binarize with two fitted levels for
+what layers read. What is scored is the file, read back. Points are those lost to the float network,
+the better of its scores before and after it was trained on. The post-training row sees 1,024
+training examples, trains nothing, and is compared with the float network that it comes from.
 
 A row whose technique this installation does not have is left out, with a note.
 """

@@ -35,7 +35,7 @@ SWAP = "swap_convs(only='!features.0', tolerance=1)"
 TRAINING = "training(precision='bfloat16')"
 TEACHER = "distillation(cache='teacher')"
 FIRST = taut.Recover(epochs=4, learning_rate=2e-3, weight_decay=0.1, distill=0.0)
-RECOVER = taut.Recover(epochs=4, learning_rate=2e-3, weight_decay=0.1, distill=0.9)
+RECOVER = taut.Recover(epochs=8, learning_rate=3e-3, weight_decay=0.1, distill=0.9)
 BATCHES = (1, 64)
 ROUNDS = 5
 
