@@ -21,6 +21,7 @@ from taut import edits
 from taut.angles import RowAngles, angles
 from taut.compress import Result, compress
 from taut.doctor import Diagnosis, diagnose, remedy
+from taut.engine_commands import export_command
 from taut.errors import TaskError, TautError
 from taut.goal import is_goal
 from taut.measure import measure
@@ -223,6 +224,9 @@ def _inspect_angles(file: Path, task_file: Path, as_json: bool) -> None:
         _print_json([one.to_json() for one in found])
     else:
         out.print(_angles(found))
+
+
+app.command("export")(export_command)
 
 
 @app.command("techniques")
