@@ -61,7 +61,7 @@ FLOORS = (
     {"objective"},
     {"recover", "measure", "pack"},
     {"growth", "export"},
-    {"plan", "testing", "angles"},
+    {"plan", "testing", "angles", "fastest"},
     {"compress"},
     {"report_data", "doctor", "sensitivity"},
     {"report", "engine_commands"},

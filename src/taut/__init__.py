@@ -14,6 +14,7 @@ from taut import data, techniques, zoo
 from taut.compress import Result, apply, compress
 from taut.errors import TautError
 from taut.export import export
+from taut.fastest import fastest
 from taut.goal import Goal
 from taut.measure import measure
 from taut.pack import inspect, load, pack
@@ -41,6 +42,7 @@ __all__ = [
     "compress",
     "data",
     "export",
+    "fastest",
     "inspect",
     "load",
     "load_task",

@@ -38,9 +38,10 @@ from taut.pack import packed_copy
 from taut.task import Task
 from taut.trace import Example
 
-__all__ = ["TARGETS", "Exported", "Running", "export", "target_of"]
+__all__ = ["TARGETS", "Exported", "Running", "export", "resized", "target_of"]
 
 _SAMPLES = 4  # batches that are compared
+_CALIBRATED = 256  # examples on which ranges are found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def export(
     dynamic_batch: bool = True,
     dynamic_length: bool = False,
     precision: str = "float32",
+    round_between: bool = True,
     about: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a network for another engine, run it there, and compare before it gets its name.
@@ -98,7 +100,10 @@ def export(
     dict or (args, kwargs); by default the task's. task: gives real samples to compare on, and the
     score. dynamic_batch, dynamic_length: whether the first and the second dimension of the inputs
     take any size. precision: of the floats in the file: float32, float16 or bfloat16; they are
-    computed with as the engine likes. about: what the file is to tell of itself, as JSON.
+    computed with as the engine likes. round_between: whether sums and pools between layers whose
+    inputs are rounded read rounded numbers, too, so that the engine never leaves whole numbers
+    (between.py); that takes a task, whose training data give the ranges. about: what the file is to
+    tell of itself, as JSON.
 
     Raises ExportError for an engine that is not installed or lacks an operation, for a size that
     the network fixes, and for a file that does not agree: it is kept under another name then.
@@ -116,6 +121,7 @@ def export(
         packed=packed, example=at_least_two(given) if dynamic_batch else given,
         dynamic_batch=dynamic_batch, dynamic_length=dynamic_length, precision=precision,
         about={**(task.about if task else {}), **(about or {})},
+        calibration=_calibration(packed, task) if task and round_between and dynamic_batch else (),
     )  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +161,31 @@ def _samples(job: Job, given: Example, task: Task | None) -> list[Example]:
         return [bound(job.packed, (b.args, b.kwargs)) for b in batches]
     samples = [job.example, _longer(job.example, 0)]
     return [*samples, _longer(job.example, 1)] if job.dynamic_length else samples
+
+
+def _calibration(packed: nn.Module, task: Task) -> list[Example]:
+    """Batches of the training data, of so many examples together."""
+    found, seen = [], 0
+    for batch in task.batches("train"):
+        found.append(bound(packed, (batch.args, batch.kwargs)))
+        seen += batch.size
+        if seen >= _CALIBRATED:
+            break
+    return found
+
+
+def resized(example: Example, batch: int) -> Example:
+    """The example repeated, or cut, to so many examples."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()]
+    size = len(tensors[0]) if tensors else 0
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        return value.repeat(-(-batch // max(size, 1)), *[1] * (value.dim() - 1))[:batch]
+
+    args, kwargs = tree_map(fit, example)
+    return args, kwargs
 
 
 def _longer(example: Example, dim: int) -> Example:

@@ -111,8 +111,9 @@ def first_apart(job: Job, target: Target, sample: Example) -> str | None:
             hook.remove()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        layers = file.save_with_layers(job, path)
-        run: Runner = target.module().opened(path)
+        opened = target.module().opened
+        layers = file.save_with_layers(job, path, opened)
+        run: Runner = opened(path)
         tensors = [t for t in torch.utils._pytree.tree_leaves(sample) if isinstance(t, Tensor)]
         outputs = run(tensors)
     for layer, at in layers:

@@ -16,7 +16,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -35,8 +35,14 @@ LAYER = ":"
 """Ends the layer's path in a node's name."""
 
 
-def graph_of(program: ExportedProgram, integers: Mapping[str, Integers]) -> ir.Model:
+def graph_of(
+    program: ExportedProgram,
+    integers: Mapping[str, Integers],
+    finish: Callable[[ir.Model], object] | None = None,
+) -> ir.Model:
     """The model that computes what a traced program does, its weights as they are stored.
+
+    finish: is done to the model before its nodes get their names.
 
     Raises ExportError, with the operation and the layer, for what ONNX cannot express.
     """
@@ -50,6 +56,8 @@ def graph_of(program: ExportedProgram, integers: Mapping[str, Integers]) -> ir.M
         _move_down(graph, node)
     _fold_norms(graph)
     optimize_ir(model, should_fold=_may_fold)
+    if finish is not None:
+        finish(model)
     _name_nodes(graph)
     for value in graph.initializers.values():
         value.metadata_props.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """packed: the network, in eval mode; example: of at least two examples where the batch is to be
-    free. precision: of the floats in the file. about: what the file tells of itself.
+    free. precision: of the floats in the file. about: what the file tells of itself. calibration:
+    inputs on which ranges are found of what lies between rounded layers; none: it is left alone.
     """
 
     packed: nn.Module
@@ -33,6 +34,7 @@ class Job:
     dynamic_length: bool = False
     precision: str = "float32"
     about: Mapping[str, Any]
+    calibration: Sequence[Example] = ()
 
     @cached_property
     def plain(self) -> Plain:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from onnxscript import ir
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from taut.export.between import KEPT, round_between
 from taut.export.graph import graph_of, layer_of
 from taut.export.job import Job
+from taut.export.targets import Runner
 from taut.files import write_atomically
+
+Opened = Callable[[Path], Runner]
 
 _HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MANY = 64  # floats that are worth a half precision
 
 
-def write(job: Job, path: Path) -> None:
-    """Write the network as ONNX."""
-    save(model_of(job), path)
-
-
-def model_of(job: Job) -> ir.Model:
+def model_of(job: Job, opened: Opened) -> ir.Model:
     """The network as an ONNX model, with what it tells of itself.
 
-    Raises ExportError where the network fixes a dimension that was to be free.
+    opened: opens ONNX files in the engine. Raises ExportError where the network fixes a dimension
+    that was to be free.
     """
-    model = graph_of(job.program, job.plain.integers)
+    between = job.calibration and job.plain.rounds
+    finish = partial(round_between, seen=partial(_seen, job, opened)) if between else None
+    model = graph_of(job.program, job.plain.integers, finish)
     for value in model.graph.inputs:
         job.refuse_fixed(str(value.name), value.shape or ())
     if job.precision in _HALVES:
@@ -91,9 +98,29 @@ def about(path: Path) -> dict[str, Any]:
     }
 
 
-def save_with_layers(job: Job, path: Path) -> list[tuple[str, int]]:
+def _seen(job: Job, opened: Opened, model: ir.Model, names: Sequence[str]) -> dict[str, Tensor]:
+    """What named values of a model are on the calibration data, thinned out."""
+    outputs = model.graph.outputs
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    own = len(outputs)
+    outputs.extend(values[n] for n in names)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        save(model, path)
+        del outputs[own:]
+        run = opened(path)
+        found: dict[str, list[Tensor]] = {n: [] for n in names}
+        for sample in job.calibration:
+            tensors = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
+            for name, output in zip(names, run(tensors)[own:], strict=True):
+                flat = output.flatten()
+                found[name].append(flat[:: max(1, len(flat) // KEPT)].clone())
+    return {n: torch.cat(parts) for n, parts in found.items()}
+
+
+def save_with_layers(job: Job, path: Path, opened: Opened) -> list[tuple[str, int]]:
     """Write a model that gives the output of each layer, too: the layers' paths, and which."""
-    model = model_of(job)
+    model = model_of(job, opened)
     last = {layer_of(n.name or ""): n.outputs[0] for n in model.graph}
     found = []
     for layer, value in last.items():

@@ -1,6 +1,6 @@
 """The engines that a network can be exported to, and what runs their files.
 
-Each has a module of its own, which is imported when it is asked for:
+Each has a module of its own, to_<name>.py, which is imported when it is asked for:
 
     write(job, path)                   the file of a network, and what belongs to it
     opened(path, threads, precision)   a Runner of such a file
@@ -45,7 +45,7 @@ class Target:
                 f"{self.name} needs {', '.join(missing)}, which is not installed here: "
                 f"pip install taut[{self.extra}]"
             )
-        return importlib.import_module(f"taut.export.{self.name}")
+        return importlib.import_module(f"taut.export.to_{self.name}")
 
     def files(self, path: Path) -> list[Path]:
         """The file and those that belong to it."""

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from taut.errors import ExportError
-from taut.export.onnx_file import about, refused, write
+from taut.export.job import Job
+from taut.export.onnx_file import about, model_of, refused, save
 from taut.export.targets import Runner, check_count
 
 __all__ = ["about", "opened", "write"]
+
+
+def write(job: Job, path: Path) -> None:
+    """Write the network as ONNX."""
+    save(model_of(job, opened), path)
 
 
 def opened(path: Path, threads: int | None = None, precision: str = "float32") -> Runner:

@@ -34,13 +34,19 @@ def write(job: Job, path: Path) -> None:
     write_atomically(path, lambda file: torch.export.save(program, file, extra_files=about))
 
 
-def opened(path: Path, threads: int | None = None, precision: str = "float32") -> Runner:
-    """The program, run by PyTorch with as many threads as it has."""
+def opened(
+    path: Path, threads: int | None = None, precision: str = "float32", compiled: bool = False
+) -> Runner:
+    """The program, run by PyTorch with as many threads as it has.
+
+    compiled: by torch.compile, which takes its time at the first run.
+    """
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # whatever a damaged archive makes of itself
         raise ExportError(f"PyTorch cannot read {path.name}: {error}") from error
     module = program.module()
+    module = torch.compile(module) if compiled else module  # type: ignore[assignment]
     leaves, spec = tree_flatten(program.example_inputs)
     names = [str(n) for n in program.graph_signature.user_inputs]
 

@@ -24,7 +24,7 @@ def write(job: Job, path: Path) -> None:
     """Write the network as OpenVINO's own format, by way of ONNX."""
     with TemporaryDirectory() as folder:
         between = Path(folder) / "net.onnx"
-        onnx_file.save(onnx_file.model_of(job), between)
+        onnx_file.save(onnx_file.model_of(job, opened), between)
         try:
             model = openvino.Core().read_model(between)
         except RuntimeError as error:

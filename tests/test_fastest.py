@@ -1,0 +1,77 @@
+"""The race of the engines: who takes part, who is refused, what comes back."""
+
+import pytest
+import torch
+from torch import nn
+
+import taut
+from taut.errors import ExportError
+from taut.fastest import ENGINES, Race, fastest, race
+from taut.types import Latency
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_fastest_answers_like_the_network(net, capsys):
+    found = fastest(net, X, engines=("eager", "onnx", "packed"), seconds=0.02)
+    assert found.race.latencies[0].engine == found.engine
+    assert {t.engine for t in found.race.latencies} == {"eager", "onnx"}
+    assert found.race.refused == {"packed": "the network has no packed layers"}
+    torch.testing.assert_close(found(X), net(X), rtol=1e-4, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "onnx" in printed
+    assert "no packed layers" in printed
+
+
+def test_times_are_sorted_and_tell_how_they_were_taken(net):
+    found = race(net, X[:1], batch=5, threads=1, engines=("eager", "onnx"), seconds=0.02)
+    first, second = found.latencies
+    assert first.median_ms <= second.median_ms
+    assert {(t.batch, t.threads) for t in found.latencies} == {(5, 1)}
+    assert min(t.runs for t in found.latencies) >= 15  # three in each of five turns
+
+
+def test_answers_that_are_off_take_no_part(net, monkeypatch):
+    monkeypatch.setattr("taut.fastest.difference", lambda found, wanted: (9.0, 0.7))
+    with pytest.raises(ExportError, match=r"no engine runs .*eager: its answers are off by 70.0%"):
+        fastest(net, X, engines=("eager",), show=False)
+
+
+def test_an_engine_that_cannot_be_written_for_is_told_of(net, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ExportError("not today")
+
+    monkeypatch.setattr("taut.fastest.export", refuse)
+    assert race(net, X, engines=("onnx",)).refused == {"onnx": "not today"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engines": ("onyx",)}, "no engine 'onyx'; did you mean 'onnx'"),
+        ({"engines": ()}, "at least one engine, one example and one thread"),
+        ({"batch": 0}, "got .* batch=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"example": None}, "the example must be the input of one forward"),
+    ],
+)
+def test_wrong_options(net, options, message):
+    example = options.pop("example", X)
+    with pytest.raises(ExportError, match=message):
+        fastest(net, example, **options)
+
+
+def test_the_table_has_a_row_for_each_engine():
+    times = [
+        Latency(batch=1, threads=2, engine=e, median_ms=i + 1.0, iqr_ms=0.1, runs=5)
+        for i, e in enumerate(ENGINES)
+    ]
+    assert Race(latencies=tuple(times), refused={"x": "y"}).table().row_count == len(ENGINES) + 1
+    assert taut.fastest is fastest
