@@ -63,7 +63,7 @@ FLOORS = (
     {"growth", "export"},
     {"plan", "testing", "angles", "fastest"},
     {"compress"},
-    {"report_data", "doctor", "sensitivity"},
+    {"report_data", "doctor", "sensitivity", "fallback"},
     {"report", "engine_commands"},
     {"cli"},
 )

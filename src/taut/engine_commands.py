@@ -1,4 +1,4 @@
-"""The commands that leave Taut: export."""
+"""The commands that leave Taut: export, run, bench."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
+from zipfile import BadZipFile
 
+import numpy as np
+import torch
 import typer
+from numpy.lib.npyio import NpzFile
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from taut.errors import TaskError
-from taut.export import Exported, export, target_of
-from taut.files import read_json
+from taut.errors import ExportError, TaskError
+from taut.export import TARGETS, Exported, answers_of, export, target_of
+from taut.fastest import ENGINES, race
+from taut.files import read_json, write_atomically
 from taut.modules import clone
 from taut.pack import load
 from taut.task import Task, load_task
@@ -65,6 +70,69 @@ def export_command(
         print_json({**_numbers(found)})
     else:
         _print_exported(found)
+
+
+def run_command(
+    file: Annotated[Path, typer.Argument(help="a .taut file, or one that was exported")],
+    inputs: Annotated[Path, typer.Argument(help="an .npy file, or .npz of several inputs")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="an .npy file; else they are printed")
+    ] = None,
+    task_file: TaskOption = None,
+) -> None:
+    """Run a network on the numbers in a file: a .taut file here, an exported one in its engine."""
+    tensors = _read(inputs)
+    if file.suffix in {t.suffix for t in TARGETS.values()}:
+        answers = target_of(file, None).module().opened(file)(tensors)
+    else:
+        _, net = packed_network(file, task_file)
+        answers = answers_of(net, (tuple(tensors), {}))
+    arrays = [a.numpy() for a in answers]
+    if output is None:
+        for array in arrays:
+            out.print(np.array2string(array), highlight=False)
+    elif len(arrays) == 1:
+        write_atomically(output, lambda to: np.save(to, arrays[0]))
+    else:
+        named = {f"output_{i}": a for i, a in enumerate(arrays)}
+        write_atomically(output, lambda to: np.savez(to, **cast(Any, named)))
+
+
+def bench_command(
+    taut_file: TautFile,
+    task_file: TaskOption = None,
+    batch: Annotated[int, typer.Option(help="examples at a time")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="of each engine; by default PyTorch's")
+    ] = None,
+    engines: Annotated[str, typer.Option(help="which, with commas between them")] = ",".join(
+        ENGINES
+    ),
+    seconds: Annotated[float, typer.Option(help="that each engine is timed")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time a network in every engine, in turn, each in a process of its own."""
+    task, net = packed_network(taut_file, task_file)
+    names = [e.strip() for e in engines.split(",") if e.strip()]
+    found = race(
+        net, task.example(batch), batch=batch, threads=threads, engines=names, seconds=seconds
+    )
+    if as_json:
+        print_json(asdict(found))
+    else:
+        out.print(found.table())
+
+
+def _read(path: Path) -> list[Tensor]:
+    """The arrays of an .npy or .npz file."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        arrays = [found[n] for n in found.files] if isinstance(found, NpzFile) else [found]
+        return [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+        raise ExportError(
+            f"cannot read {path}: {error}; give an .npy file of numbers, or an .npz file of several"
+        ) from error
 
 
 def packed_network(taut_file: Path, task_file: Path | None) -> tuple[Task, nn.Module]:

@@ -36,6 +36,7 @@ from taut.export.check import EXACT, ROUNDED, difference
 from taut.export.job import as_example, bound
 from taut.layers import packed_layers, run_dense
 from taut.pack import packed_copy
+from taut.task import Task
 from taut.trace import Example
 from taut.tune import tune
 from taut.types import Latency
@@ -130,6 +131,24 @@ def race(
     found, folder, _, _ = _race(net, example, batch, threads, engines, seconds)
     shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def latencies(
+    net: nn.Module, task: Task, engine: str, batches: Iterable[int]
+) -> tuple[Latency, ...]:
+    """A network's latency in one engine, or by `auto` in the fastest, at each batch.
+
+    Raises ExportError where the engine does not run it.
+    """
+    found = []
+    for batch in batches:
+        engines = ENGINES if engine == "auto" else (engine,)
+        run = race(net, task.example(batch), batch=batch, engines=engines)
+        if not run.latencies:
+            told = "; ".join(run.refused.values())
+            raise ExportError(f"{engine} does not run the network: {told}")
+        found.append(run.latencies[0])
+    return tuple(found)
 
 
 def _race(

@@ -38,7 +38,7 @@ from taut.pack import packed_copy
 from taut.task import Task
 from taut.trace import Example
 
-__all__ = ["TARGETS", "Exported", "Running", "export", "resized", "target_of"]
+__all__ = ["TARGETS", "Exported", "Running", "answers_of", "export", "resized", "target_of"]
 
 _SAMPLES = 4  # batches that are compared
 _CALIBRATED = 256  # examples on which ranges are found
@@ -150,6 +150,12 @@ def export(
         size_bytes=sum(f.stat().st_size for f in target.files(path) if f.exists()),
         network=Running(module.opened(path, precision="auto"), packed, outputs, spec).eval(),
     )  # fmt: skip
+
+
+def answers_of(net: nn.Module, given: Any) -> list[Tensor]:
+    """The tensors that a network answers an input, a tensor, a tuple or (args, kwargs)."""
+    found, _ = answers(net, bound(net, as_example(given)))
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 def _samples(job: Job, given: Example, task: Task | None) -> list[Example]:
