@@ -129,8 +129,7 @@ def compress(
     asked = {"task": task.name, "asked": str(aim), "seed": seed, "precision": precision}
     if isinstance(aim, Goal):
         asked |= {"epochs": epochs, "trials": trials}
-    if engine != "pytorch":
-        asked["engine"] = engine
+    asked |= {"engine": engine} if engine != "pytorch" else {}
     if task.source is not None:
         asked["task file"] = xxhash.xxh3_64_hexdigest(task.source.read_bytes())
     run = _Run(model, task, aim, asked, folder, fresh, watch or Watch())
@@ -265,8 +264,8 @@ class _Run:
     def _original(self) -> dict[str, Any]:
         if "original" not in self.record:
             self.say(f"measuring the original {type(self.model).__name__}")
-            found = measure(self.model, self.task, self.trace)
-            self.record["original"] = self.timed(self.model, found).to_json()
+            measured = measure(self.model, self.task, self.trace)
+            self.record["original"] = self.timed(self.model, measured).to_json()
             self.save()
         found: dict[str, Any] = self.record["original"]
         return found

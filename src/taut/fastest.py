@@ -138,16 +138,18 @@ def latencies(
 ) -> tuple[Latency, ...]:
     """A network's latency in one engine, or by `auto` in the fastest, at each batch.
 
+    A network without packed layers runs eager for `packed`.
+
     Raises ExportError where the engine does not run it.
     """
+    engines = {"auto": ENGINES, "packed": ("packed", "eager")}.get(engine, (engine,))
     found = []
     for batch in batches:
-        engines = ENGINES if engine == "auto" else (engine,)
         run = race(net, task.example(batch), batch=batch, engines=engines)
         if not run.latencies:
             told = "; ".join(run.refused.values())
             raise ExportError(f"{engine} does not run the network: {told}")
-        found.append(run.latencies[0])
+        found.append(next((t for t in run.latencies if t.engine == engine), run.latencies[0]))
     return tuple(found)
 
 
@@ -215,10 +217,10 @@ def _timed(
     threads = threads or torch.get_num_threads()
     rounds = any(p.input_code is not None for p in packed_layers(packed).values())
     most = max(EXACT["bfloat16"], ROUNDED if rounds else 0.0)
-    workers: dict[str, _Worker] = {}
+    workers = {engine: _Worker(engine, folder, threads) for engine in engines}
+    times: dict[str, list[float]] = {}
     try:
-        for engine in engines:
-            worker = _Worker(engine, folder, threads)
+        for engine, worker in workers.items():
             answers = worker.line()
             if answers is None:
                 refused[engine] = f"it does not run: {worker.complaint()}"
@@ -227,11 +229,10 @@ def _timed(
             if error > most:
                 refused[engine] = f"its answers are off by {error:.1%}, where {most:.1%} may be"
                 continue
-            workers[engine] = worker
-        times: dict[str, list[float]] = {e: [] for e in workers}
+            times[engine] = []
         for _ in range(_ROUNDS):
-            for engine, worker in workers.items():
-                times[engine] += worker.go(seconds / _ROUNDS)
+            for engine, taken in times.items():
+                taken += workers[engine].go(seconds / _ROUNDS)
     finally:
         for worker in workers.values():
             worker.stop()
@@ -251,7 +252,7 @@ class _Worker:
     """A process that runs one engine's file."""
 
     def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        self.log = folder / f"{engine}.log"
+        self.engine, self.log = engine, folder / f"{engine}.log"
         given = [folder / _FILES[engine], folder / "inputs.pt", threads]
         command = [sys.executable, "-m", "taut.export.worker", engine, *map(str, given)]
         with self.log.open("w") as log:
@@ -270,7 +271,9 @@ class _Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        times: list[float] = json.loads(self.line() or "[]")
+        if (line := self.line()) is None:
+            raise ExportError(f"fastest: {self.engine} ended as it was timed: {self.complaint()}")
+        times: list[float] = json.loads(line)
         return times
 
     def complaint(self) -> str:
