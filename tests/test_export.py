@@ -6,6 +6,7 @@ import json
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
@@ -139,7 +140,7 @@ def test_sequences_of_any_length_tied_and_recurrent(tmp_path):
     stored = [i for i in onnx.load(found.path).graph.initializer if 40 in i.dims and 8 in i.dims]
     assert [i.name for i in stored] == ["out.weight.numbers"]  # once, for both
     floats = [i for i in onnx.load(found.path).graph.initializer if i.data_type == 1]
-    assert max(len(onnx.numpy_helper.to_array(i).ravel()) for i in floats) <= 128  # biases, no weight
+    assert max(len(onnx.numpy_helper.to_array(i).ravel()) for i in floats) <= 128  # biases
 
 
 @pytest.mark.parametrize(("precision", "share"), [("float16", 0.5), ("bfloat16", 0.5)])
@@ -178,6 +179,57 @@ def test_pytorch_runs_what_runs_packed_by_tauts_products(tmp_path):
     called = {str(n.target) for n in torch.export.load(str(found.path)).graph.nodes}
     assert any("lookup_matmul" in c for c in called) or not taut.kernels.native.LOADED
     torch.testing.assert_close(found.network(x[:3]), packed(x[:3]))
+
+
+def test_tensors_for_other_tools(tmp_path):
+    net = taut.apply(Words().eval(), "quantize(only='cell, words')", a_task(TOKENS))
+    found = taut.export(net, tmp_path / "net.safetensors", TOKENS, about={"labels": [1, 2]})
+    assert found.network is None
+    assert found.agreement.error < 1e-6
+    with safe_open(found.path, "pt") as file:
+        names, told = set(file.keys()), file.metadata()
+        assert file.get_tensor("words.weight.numbers").dtype is torch.int8
+        assert file.get_tensor("cell.weight_hh_l0.step").shape == (32,)
+    assert json.loads(told["labels"]) == [1, 2]
+    assert "gates.weight_hh_l0" in names
+    assert "out.weight" not in names  # it is words.weight
+    with pytest.raises(ExportError, match="holds tensors and no network"):
+        targets.TARGETS["safetensors"].module().opened(found.path)
+
+
+def test_four_bits_take_half_of_eight(tmp_path):
+    sizes, x = [], torch.randn(2, 64)
+    for bits in (8, 4):
+        net = taut.apply(nn.Linear(64, 256).eval(), f"quantize(bits={bits})", a_task(x))
+        found = taut.export(net, tmp_path / f"{bits}.onnx", x)
+        assert found.agreement.error < 1e-5
+        sizes.append(found.size_bytes)
+    assert sizes[0] - sizes[1] == pytest.approx(64 * 256 / 2, rel=0.1)
+
+
+def test_sums_between_rounded_layers_are_rounded_too(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.last = nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            found = F.max_pool2d(F.relu(self.first(x)), 2)
+            return self.last(F.relu(found + self.second(found)))
+
+    task = a_task(IMAGES)
+    net = taut.apply(Branches().eval(), "quantize(activations=8)", task)
+    counts = {}
+    for between in (False, True):
+        found = taut.export(net, tmp_path / "net.onnx", task=task, round_between=between)
+        counts[between] = [n.op_type for n in onnx.load(found.path).graph.node]
+        assert found.agreement.error < 0.03
+    assert counts[False].count("QuantizeLinear") == 3  # before each layer
+    assert counts[True].count("QuantizeLinear") == 5  # before the pool, and the second's output
+    into = {o: n for n in onnx.load(found.path).graph.node for o in n.output}
+    (added,) = (n for n in onnx.load(found.path).graph.node if n.op_type == "Add")
+    assert [into[i].op_type for i in added.input] == ["DequantizeLinear"] * 2
 
 
 # ---- what is refused ------------------------------------------------------------------------
@@ -266,6 +318,8 @@ def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
 def test_engines_and_precisions_that_are_not_known(tmp_path):
     with pytest.raises(ExportError, match="no engine 'onx'; did you mean 'onnx'"):
         taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="onx")
+    with pytest.raises(ExportError, match=r"no file for ExecuTorch itself.*pip install executorch"):
+        taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="executorch")
     with pytest.raises(ExportError, match=r"net.bin must end in .onnx, .xml, .pt2"):
         taut.export(a_digits_net(), tmp_path / "net.bin", IMAGES)
     with pytest.raises(ExportError, match="no precision 'float8'; did you mean"):

@@ -4,6 +4,7 @@
     taut.export(net, "net.onnx", example)           ONNX Runtime; OpenVINO reads it too
     taut.export(net, "net.xml", example)            OpenVINO
     taut.export(net, "net.pt2", example)            torch.export, with Taut's own products
+    taut.export(net, "net.safetensors", example)    only the tensors, for other tools
 
 Reshaped networks go out as they are, quantized ones as whole numbers that the engine multiplies,
 everything else decoded (plain.py says how).
@@ -48,8 +49,9 @@ _CALIBRATED = 256  # examples on which ranges are found
 class Exported:
     """An exported file that agrees with its network.
 
-    network: runs the file in its engine, called like the original. score, packed_score: on the
-    task's test data, in the engine and of the packed network; None without a task.
+    network: runs the file in its engine, called like the original; None where it holds tensors
+    only. score, packed_score: on the task's test data, in the engine and of the packed network;
+    None without a task.
     """
 
     path: Path
@@ -128,17 +130,20 @@ def export(
         with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             made = Path(folder) / path.name
             module.write(job, made)
-            run = module.opened(made, precision="float32")
-            running = Running(run, packed, outputs, spec).eval()
-            samples = _samples(job, given, task)
-            found = agreement(job, running, samples)
+            if target.runs:
+                run = module.opened(made, precision="float32")
+                running = Running(run, packed, outputs, spec).eval()
+                samples = _samples(job, given, task)
+                found = agreement(job, running, samples)
+            else:
+                found, running = module.compared(job, made), None
             if not found.holds:
-                kept = _named(target, made, path, ".disagrees")
-                raise refuse(found, kept, first_apart(job, target, samples[0]))
+                where = first_apart(job, target, samples[0]) if running is not None else None
+                raise refuse(found, _named(target, made, path, ".disagrees"), where)
             score = packed_score = None
-            if task is not None:
+            if task is not None and running is not None:
                 score, packed_score = task.evaluate(running), task.evaluate(packed)
-            del run, running
+            run = running = None
             _named(target, made, path)
     except OSError as error:
         raise RunError(
@@ -148,7 +153,9 @@ def export(
     return Exported(
         path=path, engine=target.name, agreement=found, score=score, packed_score=packed_score,
         size_bytes=sum(f.stat().st_size for f in target.files(path) if f.exists()),
-        network=Running(module.opened(path, precision="auto"), packed, outputs, spec).eval(),
+        network=Running(module.opened(path, precision="auto"), packed, outputs, spec).eval()
+        if target.runs
+        else None,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _producer(value: ir.Value) -> str:
 
 
 def _whole(value: ir.Value) -> bool:
-    """Whether a value comes from a product of whole numbers, or is rounded."""
+    """Whether a value comes from products of whole numbers, or is rounded."""
     node = value.producer()
     while node is not None and node.op_type in _PASSES and node.inputs[0] is not None:
         node = node.inputs[0].producer()
@@ -74,6 +74,8 @@ def _whole(value: ir.Value) -> bool:
         return False
     if node.op_type == "DequantizeLinear":
         return True
+    if node.op_type in _JOINTS:
+        return any(v is not None and _whole(v) for v in reversed(node.inputs))
     given = node.inputs[:2]
     whole = all(v is not None and _producer(v) == "DequantizeLinear" for v in given)
     return node.op_type in _MULTIPLIES and whole

@@ -52,12 +52,15 @@ def graph_of(
         if name in graph.initializers:  # tied weights stand there once
             _place(graph, graph.initializers[name], numbers)
     optimize_ir(model, should_fold=_may_fold)
+    _split_gemms(graph)
     for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
         _move_down(graph, node)
     _fold_norms(graph)
     optimize_ir(model, should_fold=_may_fold)
     if finish is not None:
         finish(model)
+    if not any(n.op_type == "QuantizeLinear" for n in graph):
+        _narrow(graph)
     _name_nodes(graph)
     for value in graph.initializers.values():
         value.metadata_props.clear()
@@ -201,6 +204,45 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
     if value is None or value.const_value is None:
         return None
     return [int(n) for n in value.const_value.numpy().reshape(-1)]
+
+
+def _split_gemms(graph: ir.Graph) -> None:
+    """Products of whole numbers and their biases apart: engines know a whole MatMul best."""
+    for node in [n for n in graph if n.op_type == "Gemm"]:
+        weight = node.inputs[1]
+        source = None if weight is None else weight.producer()
+        if source is None or source.op_type != "DequantizeLinear" or _int(node, "transB", 0) != 1:
+            continue
+        plain = all(a.as_float() == 1 for n in ("alpha", "beta") if (a := node.attributes.get(n)))
+        if not plain or _int(node, "transA", 0):
+            continue
+        turned = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
+        made = [turned, ir.node("MatMul", [node.inputs[0], turned.outputs[0]])]
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
+        for new in made:
+            new.metadata_props.update(node.metadata_props)
+        old, result = node.outputs[0], made[-1].outputs[0]
+        result.shape, result.type, result.name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        graph.insert_before(node, made)
+        graph.remove(node, safe=True)
+
+
+def _narrow(graph: ir.Graph) -> None:
+    """Store in four bits what fits, where no input is rounded: engines multiply only int8."""
+    for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
+        numbers = [v for i, v in enumerate(node.inputs) if i != 1 and v is not None]
+        readers = {user.op_type for user, _ in node.outputs[0].uses()}
+        if not readers <= {"MatMul", "Conv"} or any(len(v.uses()) > 1 for v in numbers):
+            continue
+        held = [v.const_value.numpy() for v in numbers if v.const_value is not None]
+        if len(held) < len(numbers) or any(a.min() < -8 or a.max() > 7 for a in held if a.size):
+            continue
+        for value, array in zip(numbers, held, strict=True):
+            few = array.astype(ir.DataType.INT4.numpy())
+            value.const_value = ir.tensor(few, dtype=ir.DataType.INT4, name=value.name)
+            value.type = ir.TensorType(ir.DataType.INT4)
 
 
 def _move_down(graph: ir.Graph, node: ir.Node) -> None:

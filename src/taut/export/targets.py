@@ -64,6 +64,7 @@ TARGETS = {
             extra="openvino", beside=(".bin",),
         ),
         Target(name="torch", suffix=".pt2"),
+        Target(name="safetensors", suffix=".safetensors", runs=False),
     )
 }  # fmt: skip
 
@@ -78,6 +79,11 @@ def target_of(path: Path, name: str | None) -> Target:
                 f"to={' | '.join(TARGETS)}"
             )
         return by_suffix[path.suffix]
+    if name == "executorch":
+        raise ExportError(
+            "export: Taut writes no file for ExecuTorch itself; write a .pt2 by to='torch', and "
+            "lower it there (pip install executorch; executorch.exir.to_edge_transform_and_lower)"
+        )
     if name not in TARGETS:
         raise ExportError(f"export: there is no engine {name!r}{did_you_mean(name, TARGETS)}")
     return TARGETS[name]

@@ -34,6 +34,8 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
     options.log_severity_level = 4
     if precision != "auto":
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if _only_weights(path):
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
@@ -52,3 +54,10 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
         return [torch.from_numpy(np.asarray(y)) for y in found]
 
     return run
+
+
+def _only_weights(path: Path) -> bool:
+    """Whether only weights are whole numbers, and of layers that would widen them at every run."""
+    content = path.read_bytes() if path.is_file() else b""
+    layers = any(kind in content for kind in (b"Conv", b"LSTM", b"GRU", b"RNN"))
+    return layers and b"QuantizeLinear" not in content
