@@ -1,6 +1,8 @@
 """taut export, run and bench: what they print and write, what they refuse."""
 
+import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,3 +113,23 @@ def test_inputs_that_cannot_be_read(run_folder, tmp_path):
     done = run("run", run_folder / "net.taut", tmp_path / "wide.npy")
     assert "does not run on the example: RuntimeError" in str(done.exception)
     assert run("export", run_folder / "net.taut").exit_code == 2  # neither --to nor --output
+
+
+def test_compress_falls_back_and_passes_the_engine_on(run_folder, monkeypatch):
+    seen = {}
+    cli = importlib.import_module("taut.cli")
+
+    def fallen(model, task, recipe, bound):
+        seen["bound"] = (recipe, bound)
+        return SimpleNamespace(recipe="quantize(only='*, !last')")
+
+    def stop(model, task, wanted, **options):
+        raise taut.TautError(f"{wanted} {options['engine']}")
+
+    monkeypatch.setattr(cli, "fall_back", fallen)
+    monkeypatch.setattr(cli, "compress", stop)
+    task_file = run_folder.parent / "task.py"
+    options = ["--recipe", "quantize()", "--fall-back", "score>=-1%", "--engine", "auto"]
+    done = run("compress", task_file, *options)
+    assert str(done.exception) == "quantize(only='*, !last') auto"
+    assert seen["bound"] == ("quantize()", "score>=-1%")

@@ -37,9 +37,7 @@ def test_what_holds_at_once_is_left_as_it_is(trained, task):
 
 
 def test_what_no_fallback_mends_is_refused(spoilt, task):
-    with pytest.raises(
-        RecipeError, match=r"does not hold even with .* alone recoded"
-    ):
+    with pytest.raises(RecipeError, match=r"does not hold even with .* alone recoded"):
         fall_back(spoilt, task, "quantize(bits=2, per='tensor', ranges='minmax')", "score>=2")
 
 

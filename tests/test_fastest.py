@@ -76,3 +76,34 @@ def test_the_table_has_a_row_for_each_engine():
     ]
     assert Race(latencies=tuple(times), refused={"x": "y"}).table().row_count == len(ENGINES) + 1
     assert taut.fastest is fastest
+
+
+def test_compress_takes_the_latency_of_the_engine_it_is_told(trained, task, tmp_path, monkeypatch):
+    asked = []
+
+    def told(net, task, engine, batches):
+        asked.append((type(net[0]).__name__, engine, tuple(batches)))
+        each = {"batch": 1, "threads": 1, "engine": engine, "iqr_ms": 0.1, "runs": 5}
+        return (Latency(median_ms=float(len(asked)), **each),)
+
+    monkeypatch.setattr(importlib.import_module("taut.compress"), "latencies", told)
+    result = taut.compress(trained, task, "quantize()", folder=tmp_path, engine="onnx")
+    assert asked == [("Linear", "onnx", (1, 64)), ("PackedLinear", "onnx", (1, 64))]
+    assert [t.median_ms for t in result.original.latencies] == [1.0]
+    assert [t.median_ms for t in result.measurement.latencies] == [2.0]
+
+
+def test_latencies_of_one_engine_and_of_the_fastest(net, task, monkeypatch):
+    def told(net, example, *, batch, engines):
+        times = {"eager": 2.0, "onnx": 1.0}
+        each = {"batch": batch, "threads": 1, "iqr_ms": 0.1, "runs": 5}
+        found = [Latency(engine=e, median_ms=times[e], **each) for e in engines if e in times]
+        order = tuple(sorted(found, key=lambda t: t.median_ms))
+        return Race(latencies=order, refused={"openvino": "it is not installed"})
+
+    monkeypatch.setattr(MODULE, "race", told)
+    found = {e: MODULE.latencies(net, task, e, (1, 4)) for e in ("auto", "eager", "packed")}
+    assert [(t.engine, t.batch) for t in found["auto"]] == [("onnx", 1), ("onnx", 4)]
+    assert {t.engine for t in found["eager"] + found["packed"]} == {"eager"}
+    with pytest.raises(ExportError, match="openvino does not run the network: it is not installed"):
+        MODULE.latencies(net, task, "openvino", (1,))
