@@ -11,9 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import taut
+from taut.activations import decoded
 from taut.errors import ExportError, TraceError
 from taut.export import check, onnx_file, targets
 from taut.export.job import as_example
+from taut.export.plain import to_levels
+from taut.kernels import Levels
 from taut.pack import packed_copy
 
 
@@ -141,6 +144,60 @@ def test_sequences_of_any_length_tied_and_recurrent(tmp_path):
     assert [i.name for i in stored] == ["out.weight.numbers"]  # once, for both
     floats = [i for i in onnx.load(found.path).graph.initializer if i.data_type == 1]
     assert max(len(onnx.numpy_helper.to_array(i).ravel()) for i in floats) <= 128  # biases
+
+
+class Cells(nn.Module):
+    """Every kind of recurrent layer, deep and both ways, with and without biases and states."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=True)
+        self.gru = nn.GRU(8, 4, num_layers=2, bias=False)
+        self.tanh = nn.RNN(4, 3, bidirectional=True, batch_first=True)
+        self.relu = nn.RNN(6, 2, nonlinearity="relu", num_layers=2)
+
+    def forward(self, x, hidden):
+        found, (last, cell) = self.lstm(x, (hidden, 2 * hidden))
+        found, end = self.gru(found)
+        found, _ = self.tanh(found.transpose(0, 1))
+        return self.relu(found.transpose(0, 1))[0], last, cell, end
+
+
+@pytest.mark.parametrize(("shape", "channels", "dim"), [((5, 7), 7, -1), ((2, 3, 4), 3, 1)])
+def test_levels_are_those_that_their_definition_gives(shape, channels, dim):
+    thresholds = torch.randn(3, channels).sort(0).values
+    pattern = torch.tensor([2, 0, 3, 1], dtype=torch.uint8)
+    levels = Levels(
+        thresholds=thresholds, pattern=pattern, scale=torch.tensor([0.5, 1.5]), offset=0.25
+    )
+    x = torch.randn(shape)
+    torch.testing.assert_close(to_levels(levels, x, dim), decoded(levels, x, dim))
+
+
+def test_recurrent_layers_of_every_kind(tmp_path):
+    net, x, hidden = Cells().eval(), torch.randn(5, 3, 3), torch.randn(4, 3, 4)
+    found = taut.export(net, tmp_path / "net.onnx", (x, hidden), dynamic_batch=False)
+    assert found.agreement.error < 1e-5
+    outputs = found.network(x, hidden)
+    assert [o.shape for o in outputs] == [o.shape for o in net(x, hidden)]
+    kinds = [n.op_type for n in onnx.load(found.path).graph.node]
+    assert [kinds.count(k) for k in ("LSTM", "GRU", "RNN")] == [2, 2, 3]
+
+
+def test_inputs_rounded_by_a_step_of_their_own_and_to_signs(tmp_path):
+    net, x = (
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4)).eval(),
+        torch.randn(4, 8),
+    )
+    task = a_task(x)
+    net = taut.apply(net, "quantize(activations=8, ranges='dynamic', only='0')", task)
+    traced = taut.trace(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 4)), task.example()
+    )
+    net = taut.apply(net, "binarize(activations='signs', only='1')", task, traced)
+    found = taut.export(net, tmp_path / "net.onnx", x)
+    assert found.agreement.error < 0.02
+    assert "QuantizeLinear" not in [n.op_type for n in onnx.load(found.path).graph.node]
 
 
 @pytest.mark.parametrize(("precision", "share"), [("float16", 0.5), ("bfloat16", 0.5)])

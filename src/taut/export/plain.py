@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from taut.activations import InputCode, StepCode, channels_at, nearest_step
+from taut.activations import InputCode, LevelCode, StepCode, channels_at, nearest_step
 from taut.affine_weight import AffineWeight
 from taut.export.recurrent import as_operations
+from taut.kernels import Levels
 from taut.layers import packed_layers, unpack_layer
 from taut.modules import clone
 from taut.packed import PackedWeight
@@ -134,9 +135,25 @@ class _Rounds:
         code, x = self.code, given[0]
         if isinstance(code, StepCode) and not code.dynamic:
             rounded = round_input(x, float(code.step), code.low, code.high)
+        elif isinstance(code, LevelCode):
+            rounded = to_levels(code.levels(), x, self.dim)
         else:
             rounded = code.rounded(x, self.dim)
         return rounded, *given[1:]
+
+
+def to_levels(levels: Levels, x: Tensor, dim: int) -> Tensor:
+    """What the levels make of x, whose channels stand at dim: a step up at each threshold.
+
+    y = v[0] + Σ_i (v[i + 1] − v[i]) · [x >= threshold[i]], v the values of the levels
+    """
+    bits = levels.pattern[:, None].long() >> torch.arange(len(levels.scale)) & 1
+    values = levels.offset + ((2.0 * bits - 1) * levels.scale).sum(1)
+    shape = [-1] if dim == -1 else [-1] + [1] * (x.dim() - 2)
+    y = torch.full_like(x, float(values[0]))
+    for threshold, rise in zip(levels.thresholds, values.diff(), strict=True):
+        y = y + (x >= threshold.reshape(shape)).to(x.dtype) * float(rise)
+    return y
 
 
 @torch.library.custom_op("taut::round_input", mutates_args=())

@@ -64,6 +64,7 @@ TARGETS = {
             extra="openvino", beside=(".bin",),
         ),
         Target(name="torch", suffix=".pt2"),
+        Target(name="aoti", suffix=".pt2"),
         Target(name="safetensors", suffix=".safetensors", runs=False),
     )
 }  # fmt: skip
@@ -72,10 +73,10 @@ TARGETS = {
 def target_of(path: Path, name: str | None) -> Target:
     """The target of this name, or the one whose files end so."""
     if name is None:
-        by_suffix = {t.suffix: t for t in TARGETS.values()}
+        by_suffix = {t.suffix: t for t in reversed(TARGETS.values())}  # the first of two
         if path.suffix not in by_suffix:
             raise ExportError(
-                f"export: {path.name} must end in {', '.join(by_suffix)}, or name the engine: "
+                f"export: {path.name} must end in {', '.join(reversed(by_suffix))}, or name the engine: "
                 f"to={' | '.join(TARGETS)}"
             )
         return by_suffix[path.suffix]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from taut.errors import ExportError
@@ -21,8 +22,8 @@ from taut.files import write_atomically
 from taut.trace import export as traced
 
 
-def write(job: Job, path: Path) -> None:
-    """Write the network as it runs now: its layers packed, or decoded where they run dense."""
+def program_of(job: Job) -> ExportedProgram:
+    """The network as it runs now, traced: its layers packed, or decoded where they run dense."""
     network = plain(job.packed, all_layers=False).network
     free = {"any_batch": job.dynamic_batch, "any_length": job.dynamic_length}
     _, program = traced(network, job.example, **free)
@@ -30,6 +31,12 @@ def write(job: Job, path: Path) -> None:
         if node.name in program.graph_signature.user_inputs:
             value = node.meta["val"]
             job.refuse_fixed(node.name, value.shape if isinstance(value, Tensor) else ())
+    return program
+
+
+def write(job: Job, path: Path) -> None:
+    """Write the network's program."""
+    program = program_of(job)
     about = {"taut": json.dumps(dict(job.about), ensure_ascii=False)}
     write_atomically(path, lambda file: torch.export.save(program, file, extra_files=about))
 
