@@ -15,7 +15,7 @@ from taut.activations import decoded
 from taut.errors import ExportError, TraceError
 from taut.export import check, onnx_file, targets
 from taut.export.job import as_example
-from taut.export.plain import to_levels
+from taut.export.plain import ToLevels
 from taut.kernels import Levels
 from taut.pack import packed_copy
 
@@ -171,7 +171,7 @@ def test_levels_are_those_that_their_definition_gives(shape, channels, dim):
         thresholds=thresholds, pattern=pattern, scale=torch.tensor([0.5, 1.5]), offset=0.25
     )
     x = torch.randn(shape)
-    torch.testing.assert_close(to_levels(levels, x, dim), decoded(levels, x, dim))
+    torch.testing.assert_close(ToLevels(levels)(x, dim), decoded(levels, x, dim))
 
 
 def test_recurrent_layers_of_every_kind(tmp_path):

@@ -130,30 +130,39 @@ class _Rounds:
 
     def __init__(self, code: InputCode, dim: int) -> None:
         self.code, self.dim = code, dim
+        self.levels = ToLevels(code.levels()) if isinstance(code, LevelCode) else None
 
     def __call__(self, layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         code, x = self.code, given[0]
         if isinstance(code, StepCode) and not code.dynamic:
             rounded = round_input(x, float(code.step), code.low, code.high)
-        elif isinstance(code, LevelCode):
-            rounded = to_levels(code.levels(), x, self.dim)
+        elif self.levels is not None:
+            rounded = self.levels(x, self.dim)
         else:
             rounded = code.rounded(x, self.dim)
         return rounded, *given[1:]
 
 
-def to_levels(levels: Levels, x: Tensor, dim: int) -> Tensor:
-    """What the levels make of x, whose channels stand at dim: a step up at each threshold.
+class ToLevels:
+    """What levels make of x: a step up at each threshold.
 
     y = v[0] + Σ_i (v[i + 1] − v[i]) · [x >= threshold[i]], v the values of the levels
     """
-    bits = levels.pattern[:, None].long() >> torch.arange(len(levels.scale)) & 1
-    values = levels.offset + ((2.0 * bits - 1) * levels.scale).sum(1)
-    shape = [-1] if dim == -1 else [-1] + [1] * (x.dim() - 2)
-    y = torch.full_like(x, float(values[0]))
-    for threshold, rise in zip(levels.thresholds, values.diff(), strict=True):
-        y = y + (x >= threshold.reshape(shape)).to(x.dtype) * float(rise)
-    return y
+
+    def __init__(self, levels: Levels) -> None:
+        bits = levels.pattern[:, None].long() >> torch.arange(len(levels.scale)) & 1
+        values = levels.offset + ((2.0 * bits - 1) * levels.scale).sum(1)
+        self.first: float = values[0].item()
+        self.rises: list[float] = values.diff().tolist()
+        self.thresholds = levels.thresholds
+
+    def __call__(self, x: Tensor, dim: int) -> Tensor:
+        """x, whose channels stand at dim, 1 or -1, as levels."""
+        shape = [-1] if dim == -1 else [-1] + [1] * (x.dim() - 2)
+        y = torch.full_like(x, self.first)
+        for threshold, rise in zip(self.thresholds, self.rises, strict=True):
+            y = y + (x >= threshold.reshape(shape)).to(x.dtype) * rise
+        return y
 
 
 @torch.library.custom_op("taut::round_input", mutates_args=())

@@ -75,8 +75,9 @@ def target_of(path: Path, name: str | None) -> Target:
     if name is None:
         by_suffix = {t.suffix: t for t in reversed(TARGETS.values())}  # the first of two
         if path.suffix not in by_suffix:
+            ends = ", ".join(reversed(by_suffix))
             raise ExportError(
-                f"export: {path.name} must end in {', '.join(reversed(by_suffix))}, or name the engine: "
+                f"export: {path.name} must end in {ends}, or name the engine: "
                 f"to={' | '.join(TARGETS)}"
             )
         return by_suffix[path.suffix]
