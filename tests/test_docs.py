@@ -66,6 +66,20 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, trained, task, capsys):
     assert (tmp_path / "net.taut").stat().st_size < 6000
 
 
+def test_the_page_on_engines_runs(tmp_path, monkeypatch, trained, task):
+    monkeypatch.chdir(tmp_path)
+    taut.pack(taut.apply(trained, "quantize(activations=8)", task), "net.taut")
+    (code,) = blocks("docs/engines.md", "python")
+    names = {"taut": taut, "MyNet": small_net, "task": task, "example": task.example(4)[0][0]}
+    exec(code, names)
+    assert names["exported"].agreement.holds
+    assert names["best"].engine in ("eager", "onnx")
+    assert (names["answers"] - names["packed"](names["example"])).abs().max() < 1
+    for shell in blocks("docs/engines.md", "sh"):
+        for command in re.findall(r"^taut (\w+)", shell, flags=re.MULTILINE):
+            assert command in {c.name for c in app.registered_commands}
+
+
 def test_the_format_document_names_every_format_and_nothing_else():
     text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     from taut.packed import FORMATS
@@ -75,7 +89,9 @@ def test_the_format_document_names_every_format_and_nothing_else():
     assert named == shipped
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/add_a_technique.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/add_a_technique.md", "docs/engines.md"]
+)
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

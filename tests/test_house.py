@@ -63,11 +63,11 @@ FLOORS = (
     {"distillation"},
     {"objective"},
     {"recover", "measure", "pack"},
-    {"growth"},
-    {"plan", "testing", "angles"},
+    {"growth", "export"},
+    {"plan", "testing", "angles", "fastest"},
     {"compress"},
-    {"report_data", "doctor", "sensitivity"},
-    {"report"},
+    {"report_data", "doctor", "sensitivity", "fallback"},
+    {"report", "engine_commands"},
     {"cli"},
 )
 """From the ground up. A module imports from the floors below its own, and from nowhere else."""

@@ -7,11 +7,14 @@ model + task ──trace──▶ sites, work, what feeds what
           ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
           ──tune──▶ each layer packed or dense, whichever is faster here
           ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
+          ──export──▶ a file for another engine, with the same answers
 """
 
 from taut import data, techniques, zoo
 from taut.compress import Result, apply, compress
 from taut.errors import TautError
+from taut.export import export
+from taut.fastest import fastest
 from taut.goal import Goal
 from taut.measure import measure
 from taut.pack import inspect, load, pack
@@ -38,6 +41,8 @@ __all__ = [
     "attach_schedules",
     "compress",
     "data",
+    "export",
+    "fastest",
     "inspect",
     "load",
     "load_task",

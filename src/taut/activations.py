@@ -99,6 +99,15 @@ def place_input(model: nn.Module, path: str, form: InputForm, recipe: str) -> No
     layer.input_form = form.to(weight.device).train(layer.training)
 
 
+def drop_input(model: nn.Module, path: str) -> None:
+    """Let a layer read its input as it is again."""
+    layer = model.get_submodule(path)
+    del layer.input_form
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _round:
+            del layer._forward_pre_hooks[key]
+
+
 def channels_at(layer: nn.Module) -> int:
     """The dimension of its input that holds the channels."""
     return -1 if isinstance(layer, nn.Linear) else 1

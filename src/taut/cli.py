@@ -21,7 +21,9 @@ from taut import edits
 from taut.angles import RowAngles, angles
 from taut.compress import Result, compress
 from taut.doctor import Diagnosis, diagnose, remedy
+from taut.engine_commands import bench_command, export_command, run_command
 from taut.errors import TaskError, TautError
+from taut.fallback import fall_back
 from taut.goal import is_goal
 from taut.measure import measure
 from taut.modules import clone
@@ -84,6 +86,13 @@ def compress_command(
     epochs: Annotated[int, typer.Option(help="with --goal: recovery in the first trial")] = 12,
     trials: Annotated[int, typer.Option(help="with --goal: how many trials at most")] = 5,
     fresh: Annotated[bool, typer.Option(help="forget an earlier run of the same name")] = False,
+    engine: Annotated[
+        str, typer.Option(help="whose latency counts: pytorch, one of bench's engines, or auto")
+    ] = "pytorch",
+    fall_back_to: Annotated[
+        str | None,
+        typer.Option("--fall-back", help="with --recipe: leave out layers until 'score>=-0.5%'"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a network by --recipe, or to a --goal. Started again, it goes on where it was.
@@ -93,11 +102,13 @@ def compress_command(
     """
     wanted = _wanted(recipe, goal)
     task, model = _load(task_file)
+    if fall_back_to is not None:
+        wanted = str(fall_back(model, task, wanted, fall_back_to).recipe)
     try:
         with _progress(quiet=as_json or not is_main(), split=task.chooses_by) as watch:
             result = compress(
                 model, task, wanted, folder=run_folder, seed=seed, precision=precision,
-                epochs=epochs, trials=trials, fresh=fresh, watch=watch,
+                epochs=epochs, trials=trials, fresh=fresh, engine=engine, watch=watch,
             )  # fmt: skip
             report = once(lambda: write_report(result, model))
     except KeyboardInterrupt as stop:
@@ -223,6 +234,11 @@ def _inspect_angles(file: Path, task_file: Path, as_json: bool) -> None:
         _print_json([one.to_json() for one in found])
     else:
         out.print(_angles(found))
+
+
+app.command("export")(export_command)
+app.command("run")(run_command)
+app.command("bench")(bench_command)
 
 
 @app.command("techniques")

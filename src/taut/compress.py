@@ -26,6 +26,7 @@ from torch import nn
 from taut import edits, processes
 from taut.activations import input_forms, place_input
 from taut.errors import GoalError, RecipeError, RunError
+from taut.fastest import latencies
 from taut.files import read_json, unreadable, write_atomically
 from taut.goal import Goal, Verdict, is_goal
 from taut.growth import apply_where_smaller
@@ -109,6 +110,7 @@ def compress(
     epochs: int = 12,
     trials: int = 5,
     fresh: bool = False,
+    engine: str = "pytorch",
     watch: Watch | None = None,
 ) -> Result:
     """Compress a trained network by a recipe, or to a goal.
@@ -118,6 +120,7 @@ def compress(
     that follows from what is asked, so the same call goes on where it was killed, and returns the
     result at once where it was done. fresh: start over. precision: of numbers that no technique
     recodes. epochs, trials: for goals, of recovery in the first trial and how many trials at most.
+    engine: whose latency counts, one of taut.fastest's, or `auto`, the fastest of them.
     """
     aim = _aim(wanted, task)
     check_precision(precision)
@@ -126,6 +129,7 @@ def compress(
     asked = {"task": task.name, "asked": str(aim), "seed": seed, "precision": precision}
     if isinstance(aim, Goal):
         asked |= {"epochs": epochs, "trials": trials}
+    asked |= {"engine": engine} if engine != "pytorch" else {}
     if task.source is not None:
         asked["task file"] = xxhash.xxh3_64_hexdigest(task.source.read_bytes())
     run = _Run(model, task, aim, asked, folder, fresh, watch or Watch())
@@ -234,6 +238,12 @@ class _Run:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "run.json", text.encode())
 
+    def timed(self, net: nn.Module, found: Measurement) -> Measurement:
+        """The measurement, with latencies of the engine that was asked for."""
+        if (engine := self.asked.get("engine")) is None:
+            return found
+        return replace(found, latencies=latencies(net, self.task, engine, BATCHES))
+
     def say(self, text: str) -> None:
         _log.info(text)
         self.watch.say(text)
@@ -254,7 +264,8 @@ class _Run:
     def _original(self) -> dict[str, Any]:
         if "original" not in self.record:
             self.say(f"measuring the original {type(self.model).__name__}")
-            self.record["original"] = measure(self.model, self.task, self.trace).to_json()
+            measured = measure(self.model, self.task, self.trace)
+            self.record["original"] = self.timed(self.model, measured).to_json()
             self.save()
         found: dict[str, Any] = self.record["original"]
         return found
@@ -337,6 +348,8 @@ class _Run:
         self, original: Measurement, best: Candidate, packed: nn.Module
     ) -> tuple[Measurement, Candidate]:
         """Latencies of the original and of the chosen network, taken in turn: a fair ratio."""
+        if "engine" in self.asked:
+            return original, best
         self.say("timing the original and the result in turn")
         before, after = [], []
         for batch in BATCHES:
@@ -413,6 +426,7 @@ class _Trial:
         size = pack(self.model, path, self.run.asked["precision"])
         packed = load(path, clone(self.run.model))
         measurement = measure(packed, self.task, self.trace, size_bytes=size)
+        measurement = self.run.timed(packed, measurement)
         self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
         trained = sum(s.epochs for s in self.recipe.steps if isinstance(s, Recover))
         return Candidate(

@@ -9,7 +9,7 @@ of a class Taut does not know runs dense by reading its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -359,6 +359,24 @@ def pack_layer(
     layer.packed = nn.ModuleDict(cast("dict[str, nn.Module]", weights))
     layer.input_code = code
     layer.run_dense(True)
+
+
+def unpack_layer(layer: Packed, weights: Mapping[str, nn.Parameter]) -> None:
+    """Make a packed layer the plain one that it was, in place, with these for its packed weights.
+
+    What its input was rounded to is dropped.
+    """
+    assert set(weights) == set(layer.packed)
+    layer.run_dense(True)
+    del layer._modules["packed"]
+    layer._modules.pop("input_code", None)
+    for name in ("_decoded", "_dtypes", "input_code", "runs_dense"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = type(layer).__bases__[1]
+    for name, value in weights.items():
+        layer.register_parameter(name, value)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()
 
 
 def packed_layers(model: nn.Module) -> dict[str, Packed]:

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from taut import edits
-from taut.activations import SUFFIX, InputCode, check_layer, input_forms
+from taut.activations import SUFFIX, InputCode, check_layer, drop_input, input_forms
 from taut.coding import Decoder, PartSize
 from taut.container import Entry, Names, check_claims, decode, encode, naming, read
 from taut.errors import FormatError, did_you_mean
 from taut.files import write_atomically
 from taut.layers import Packed, pack_layer
-from taut.modules import clone, device_of, owner, parametrization, parametrized_names
+from taut.modules import (
+    clone,
+    device_of,
+    owner,
+    parametrization,
+    parametrized_names,
+    plain_copy,
+)
 from taut.packed import FORMATS, PRECISIONS, PackedWeight, Plain
 from taut.recoding import Chain
 
@@ -194,6 +201,25 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         state = decode(content.entries, Decoder(content.stream))
     if changes:
         model = edits.replay(model, changes)
+    return _filled(model, state)
+
+
+def packed_copy(model: nn.Module) -> nn.Module:
+    """A copy of a network as its file would give it back, nothing rounded but what is recoded.
+
+    It holds packed layers where the model has forms or is packed already.
+    """
+    if any(isinstance(m, Packed) for m in model.modules()):
+        return clone(model).eval()
+    state = packed_state(model, "float32")
+    copied = plain_copy(model)
+    for path, _ in list(input_forms(copied)):
+        drop_input(copied, path)
+    return _filled(copied, state)
+
+
+def _filled(model: nn.Module, state: Mapping[Names, PackedWeight]) -> nn.Module:
+    """The model with these numbers in place of its own, in place."""
     layers: dict[nn.Module, dict[str, PackedWeight]] = {}
     codes: dict[nn.Module, InputCode] = {}
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ class Task:
     example: an input without its target, as a batch. Default: two examples of the test data.
     learning_rate: the rate the network was trained at; recover takes a tenth of it (Han 2015).
     model: a function that returns the trained network, where the task knows one.
+    about: what exported files are to tell of the network, as JSON: labels, preprocessing.
     name, source: what the run is called, and the file that the task came from.
     """
 
@@ -116,8 +117,10 @@ class Task:
         model: Callable[[], nn.Module] | None = None,
         name: str = "task",
         source: Path | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        self.about = dict(about or {})
         self.source = source
         self.model = model
         self.loss: Callable[[Any, Any], Tensor] = loss or F.cross_entropy
@@ -283,8 +286,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def load_task(path: str | Path) -> Task:
     """A task from a Python file with `model()`, `train()` and `test()`.
 
-    The file may also define `validation()`, `loss`, `score`, `better`, `example()` and
-    `learning_rate`. Raises TaskError where it does not import, or lacks one of the three.
+    The file may also define `validation()`, `loss`, `score`, `better`, `example()`, `learning_rate`
+    and `about`. Raises TaskError where it does not import, or lacks one of the three.
     """
     path = Path(path)
     if not path.is_file():
@@ -307,7 +310,7 @@ def load_task(path: str | Path) -> Task:
             raise TaskError(
                 f"{path} lacks a function {name}(); a task needs model(), train() and test()"
             )
-    optional = ("validation", "loss", "score", "better", "example")
+    optional = ("validation", "loss", "score", "better", "example", "about")
     given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
     if hasattr(module, "learning_rate"):
         given["learning_rate"] = module.learning_rate

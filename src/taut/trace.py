@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from taut.errors import TraceError
 from taut.modules import clone, device_of, to_device
@@ -88,12 +89,12 @@ def trace(model: nn.Module, example: Example) -> Trace:
 
 
 def export(
-    model: nn.Module, example: Example, any_batch: bool = False
+    model: nn.Module, example: Example, any_batch: bool = False, any_length: bool = False
 ) -> tuple[nn.Module, ExportedProgram]:
     """A copy of a network and the graph that it runs on an example, in eval mode.
 
-    any_batch: the graph takes any size of the first dimension, where the network does. Raises
-    TraceError with the export's reason where there is none.
+    any_batch, any_length: the graph takes any size of the first dimension, and of the second, where
+    the network does. Raises TraceError with the export's reason where there is none.
     """
     copied = clone(model).eval()
     for parameter in copied.parameters():
@@ -103,10 +104,11 @@ def export(
     args = tuple(to_device(a, device) for a in example[0])
     kwargs = {k: to_device(v, device) for k, v in example[1].items()}
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for value in (*args, *kwargs.values()) if any_batch else ():
+    dims = [d for d, is_free in enumerate((any_batch, any_length)) if is_free]
+    for value in tree_leaves((args, kwargs)) if dims else ():
         if isinstance(value, Tensor) and value.dim():
-            shapes[value] = {0: torch.export.Dim.AUTO}
-    free = shapes if any_batch else None
+            shapes[value] = {d: torch.export.Dim.AUTO for d in dims if d < value.dim()}
+    free = shapes if dims else None
     try:
         logging.disable(logging.CRITICAL)  # the error says it all
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation

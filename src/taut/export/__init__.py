@@ -1,0 +1,223 @@
+"""The way out: a network as a file that another engine runs, compared with the network first.
+
+    net = taut.load("net.taut", MyNet())
+    taut.export(net, "net.onnx", example)           ONNX Runtime; OpenVINO reads it too
+    taut.export(net, "net.xml", example)            OpenVINO
+    taut.export(net, "net.pt2", example)            torch.export, with Taut's own products
+    taut.export(net, "net.safetensors", example)    only the tensors, for other tools
+
+Reshaped networks go out as they are, quantized ones as whole numbers that the engine multiplies,
+everything else decoded (plain.py says how).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
+
+from taut.errors import ExportError, RunError
+from taut.export.check import Agreement, agreement, first_apart, refuse
+from taut.export.job import (
+    Job,
+    answers,
+    as_example,
+    at_least_two,
+    bound,
+    check_precision,
+)
+from taut.export.targets import TARGETS, Runner, Target, target_of
+from taut.pack import packed_copy
+from taut.task import Task
+from taut.trace import Example
+
+__all__ = ["TARGETS", "Exported", "Running", "answers_of", "export", "resized", "target_of"]
+
+_SAMPLES = 4  # batches that are compared
+_CALIBRATED = 256  # examples on which ranges are found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An exported file that agrees with its network.
+
+    network: runs the file in its engine, called like the original; None where it holds tensors
+    only. score, packed_score: on the task's test data, in the engine and of the packed network;
+    None without a task.
+    """
+
+    path: Path
+    engine: str
+    size_bytes: int
+    agreement: Agreement | None
+    network: nn.Module | None
+    score: float | None = None
+    packed_score: float | None = None
+
+
+class Running(nn.Module):
+    """A network that an engine runs: called like the original, answering alike."""
+
+    def __init__(
+        self, run: Runner, like: nn.Module, outputs: Sequence[Any], spec: TreeSpec
+    ) -> None:
+        super().__init__()
+        self._run, self._spec = run, spec
+        self._kept = [None if isinstance(o, Tensor) else (o,) for o in outputs]
+        self._like = [like]  # in a list: its parameters are not this network's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = bound(self._like[0], (args, kwargs))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        found = iter(self._run(tensors))
+        leaves = [next(found) if kept is None else kept[0] for kept in self._kept]
+        return tree_unflatten(leaves, self._spec)
+
+
+def export(
+    net: nn.Module,
+    path: str | Path,
+    example: Any = None,
+    *,
+    to: str | None = None,
+    task: Task | None = None,
+    dynamic_batch: bool = True,
+    dynamic_length: bool = False,
+    precision: str = "float32",
+    round_between: bool = True,
+    about: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a network for another engine, run it there, and compare before it gets its name.
+
+    net: packed, with forms, or plain; it stays untouched. path: .onnx, .xml (OpenVINO), .pt2
+    (torch); to: the engine, where the name does not tell. example: an input, a tensor, a tuple, a
+    dict or (args, kwargs); by default the task's. task: gives real samples to compare on, and the
+    score. dynamic_batch, dynamic_length: whether the first and the second dimension of the inputs
+    take any size. precision: of the floats in the file: float32, float16 or bfloat16; they are
+    computed with as the engine likes. round_between: whether sums and pools between layers whose
+    inputs are rounded read rounded numbers, too, so that the engine never leaves whole numbers
+    (between.py); that takes a task, whose training data give the ranges. about: what the file is to
+    tell of itself, as JSON.
+
+    Raises ExportError for an engine that is not installed or lacks an operation, for a size that
+    the network fixes, and for a file that does not agree: it is kept under another name then.
+    """
+    path = Path(path)
+    target = target_of(path, to)
+    module = target.module()
+    check_precision(precision)
+    if example is None and task is None:
+        raise ExportError("export: give an example, the input of one forward, or a task")
+    packed = packed_copy(net)
+    given = bound(packed, as_example(task.example() if example is None and task else example))
+    outputs, spec = answers(packed, given)
+    job = Job(
+        packed=packed, example=at_least_two(given) if dynamic_batch else given,
+        dynamic_batch=dynamic_batch, dynamic_length=dynamic_length, precision=precision,
+        about={**(task.about if task else {}), **(about or {})},
+        calibration=_calibration(packed, task) if task and round_between and dynamic_batch else (),
+    )  # fmt: skip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            module.write(job, made)
+            if target.runs:
+                run = module.opened(made, precision="float32")
+                running = Running(run, packed, outputs, spec).eval()
+                samples = _samples(job, given, task)
+                found = agreement(job, running, samples)
+            else:
+                found, running = module.compared(job, made), None
+            if not found.holds:
+                where = first_apart(job, target, samples[0]) if running is not None else None
+                raise refuse(found, _named(target, made, path, ".disagrees"), where)
+            score = packed_score = None
+            if task is not None and running is not None:
+                score, packed_score = task.evaluate(running), task.evaluate(packed)
+            run = running = None
+            _named(target, made, path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+            "folder"
+        ) from error
+    return Exported(
+        path=path, engine=target.name, agreement=found, score=score, packed_score=packed_score,
+        size_bytes=sum(f.stat().st_size for f in target.files(path) if f.exists()),
+        network=Running(module.opened(path, precision="auto"), packed, outputs, spec).eval()
+        if target.runs
+        else None,
+    )  # fmt: skip
+
+
+def answers_of(net: nn.Module, given: Any) -> list[Tensor]:
+    """The tensors that a network answers an input, a tensor, a tuple or (args, kwargs)."""
+    found, _ = answers(net, bound(net, as_example(given)))
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def _samples(job: Job, given: Example, task: Task | None) -> list[Example]:
+    """What the file is compared on: batches of the test data, else the example at other sizes."""
+    if not job.dynamic_batch:
+        return [given]
+    if task is not None:
+        batches = itertools.islice(task.batches("test"), _SAMPLES)
+        return [bound(job.packed, (b.args, b.kwargs)) for b in batches]
+    samples = [job.example, _longer(job.example, 0)]
+    return [*samples, _longer(job.example, 1)] if job.dynamic_length else samples
+
+
+def _calibration(packed: nn.Module, task: Task) -> list[Example]:
+    """Batches of the training data, of so many examples together."""
+    found, seen = [], 0
+    for batch in task.batches("train"):
+        found.append(bound(packed, (batch.args, batch.kwargs)))
+        seen += batch.size
+        if seen >= _CALIBRATED:
+            break
+    return found
+
+
+def resized(example: Example, batch: int) -> Example:
+    """The example repeated, or cut, to so many examples."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()]
+    size = len(tensors[0]) if tensors else 0
+
+    def fit(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        return value.repeat(-(-batch // max(size, 1)), *[1] * (value.dim() - 1))[:batch]
+
+    args, kwargs = tree_map(fit, example)
+    return args, kwargs
+
+
+def _longer(example: Example, dim: int) -> Example:
+    """The example with one more along a dimension, wherever its first input's size stands there."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim() > dim]
+    size = tensors[0].shape[dim]
+
+    def more(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == size
+        return torch.cat([value, value.narrow(dim, 0, 1)], dim) if whole else value
+
+    args, kwargs = tree_map(more, example)
+    return args, kwargs
+
+
+def _named(target: Target, made: Path, path: Path, more: str = "") -> Path:
+    """Give a file, and what belongs to it, its name."""
+    for new, name in zip(target.files(made), target.files(path), strict=True):
+        if new.exists():
+            os.chmod(new, 0o644)
+            os.replace(new, f"{name}{more}")
+    return Path(f"{path}{more}")

@@ -1,0 +1,99 @@
+"""The engines that a network can be exported to, and what runs their files.
+
+Each has a module of its own, to_<name>.py, which is imported when it is asked for:
+
+    write(job, path)                   the file of a network, and what belongs to it
+    opened(path, threads, precision)   a Runner of such a file
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from taut.errors import ExportError, did_you_mean
+
+Runner = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Runs a file: the tensors that the forward takes, in order → the tensors that it gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An engine: what it is called, how its files end, the packages it needs, and their extra.
+
+    runs: whether its files can be run here, so that they are compared; some only hold numbers.
+    """
+
+    name: str
+    suffix: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    beside: tuple[str, ...] = ()
+    runs: bool = True
+
+    def module(self) -> Any:
+        """Its module. Raises ExportError, with the command that installs what is missing."""
+        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        if missing:
+            raise ExportError(
+                f"{self.name} needs {', '.join(missing)}, which is not installed here: "
+                f"pip install taut[{self.extra}]"
+            )
+        return importlib.import_module(f"taut.export.to_{self.name}")
+
+    def files(self, path: Path) -> list[Path]:
+        """The file and those that belong to it."""
+        return [path, *(path.with_suffix(s) for s in self.beside)]
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target(
+            name="onnx", suffix=".onnx", packages=("onnx", "onnxruntime", "onnxscript"),
+            extra="onnx",
+        ),
+        Target(
+            name="openvino", suffix=".xml", packages=("onnx", "onnxscript", "openvino"),
+            extra="openvino", beside=(".bin",),
+        ),
+        Target(name="torch", suffix=".pt2"),
+        Target(name="aoti", suffix=".pt2"),
+        Target(name="safetensors", suffix=".safetensors", runs=False),
+    )
+}  # fmt: skip
+
+
+def target_of(path: Path, name: str | None) -> Target:
+    """The target of this name, or the one whose files end so."""
+    if name is None:
+        by_suffix = {t.suffix: t for t in reversed(TARGETS.values())}  # the first of two
+        if path.suffix not in by_suffix:
+            ends = ", ".join(reversed(by_suffix))
+            raise ExportError(
+                f"export: {path.name} must end in {ends}, or name the engine: "
+                f"to={' | '.join(TARGETS)}"
+            )
+        return by_suffix[path.suffix]
+    if name == "executorch":
+        raise ExportError(
+            "export: Taut writes no file for ExecuTorch itself; write a .pt2 by to='torch', and "
+            "lower it there (pip install executorch; executorch.exir.to_edge_transform_and_lower)"
+        )
+    if name not in TARGETS:
+        raise ExportError(f"export: there is no engine {name!r}{did_you_mean(name, TARGETS)}")
+    return TARGETS[name]
+
+
+def check_count(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ExportError where there are more or fewer tensors than the file takes."""
+    if len(tensors) != len(names):
+        raise ExportError(
+            f"the file takes {len(names)} tensors ({', '.join(names)}), got {len(tensors)}"
+        )

@@ -1,0 +1,286 @@
+"""Which engine runs a network fastest here: all are timed in turn, each in a process of its own.
+
+    eager     PyTorch, every layer decoded        compile   the same under torch.compile
+    packed    PyTorch, each layer packed or decoded as `tune` finds faster
+    onnx      ONNX Runtime                        openvino  OpenVINO, at the precision that it likes
+
+The first three run what torch.export makes of the network. An engine whose answers are off, that
+is not installed or that lacks an operation is told of, and takes no part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from taut.errors import ExportError, TautError, did_you_mean
+from taut.export import export, resized
+from taut.export.check import EXACT, ROUNDED, difference
+from taut.export.job import as_example, bound
+from taut.layers import packed_layers, run_dense
+from taut.pack import packed_copy
+from taut.task import Task
+from taut.trace import Example
+from taut.tune import tune
+from taut.types import Latency
+
+ENGINES = ("eager", "compile", "packed", "onnx", "openvino")
+_FILES = {"eager": "dense.pt2", "compile": "dense.pt2", "packed": "packed.pt2",
+          "onnx": "net.onnx", "openvino": "net.xml"}  # fmt: skip
+_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """How long one forward took in each engine, fastest first; and why others took no part."""
+
+    latencies: tuple[Latency, ...]
+    refused: Mapping[str, str]
+
+    def table(self) -> Table:
+        """As it is printed."""
+        table = Table()
+        for column in ("engine", "batch", "threads", r"median \[ms]", r"quartiles apart \[ms]"):
+            table.add_column(column, justify="left" if column == "engine" else "right")
+        for t in self.latencies:
+            table.add_row(
+                t.engine, f"{t.batch}", f"{t.threads}", f"{t.median_ms:.4f}", f"{t.iqr_ms:.4f}"
+            )
+        for engine, why in self.refused.items():
+            table.add_row(engine, "", "", "", Text(why))
+        return table
+
+
+class Fastest(nn.Module):
+    """A network in its fastest engine: called like the original, answering alike.
+
+    engine: its name; race: what was measured.
+    """
+
+    def __init__(self, engine: str, race: Race, run: nn.Module) -> None:
+        super().__init__()
+        self.engine, self.race, self.run = engine, race, run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+def fastest(
+    net: nn.Module,
+    example: Any,
+    *,
+    batch: int | None = None,
+    threads: int | None = None,
+    engines: Iterable[str] = ENGINES,
+    seconds: float = 1.0,
+    show: bool = True,
+) -> Fastest:
+    """Time a network in every engine, and return it in the fastest.
+
+    net: packed, with forms, or plain. example: an input, as `taut.export` takes it; batch: repeats
+    or cuts it to so many examples. threads: of each engine, by default PyTorch's. seconds: that
+    each is timed, in turns of a fifth. show: whether the table is printed.
+
+    Raises ExportError where no engine could run it.
+    """
+    race, folder, packed, given = _race(net, example, batch, threads, engines, seconds)
+    if show:
+        Console().print(race.table())
+    if not race.latencies:
+        shutil.rmtree(folder)
+        told = "; ".join(f"{e}: {why}" for e, why in race.refused.items())
+        raise ExportError(f"fastest: no engine runs the network: {told}")
+    best = race.latencies[0].engine
+    run: nn.Module = packed
+    if best in ("onnx", "openvino"):
+        run = export(packed, folder / f"best-{_FILES[best]}", given).network or packed
+    elif best == "packed":
+        tune(packed, given)
+    else:
+        run_dense(packed, True)
+        run = cast(nn.Module, torch.compile(packed)) if best == "compile" else packed
+    found = Fastest(best, race, run.eval())
+    weakref.finalize(
+        found, shutil.rmtree, folder, ignore_errors=True
+    )  # OpenVINO reads it as it runs
+    return found
+
+
+def race(
+    net: nn.Module, example: Any, *, batch: int | None = None, threads: int | None = None,
+    engines: Iterable[str] = ENGINES, seconds: float = 1.0,
+) -> Race:  # fmt: skip
+    """What `fastest` measures, alone."""
+    found, folder, _, _ = _race(net, example, batch, threads, engines, seconds)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def latencies(
+    net: nn.Module, task: Task, engine: str, batches: Iterable[int]
+) -> tuple[Latency, ...]:
+    """A network's latency in one engine, or by `auto` in the fastest, at each batch.
+
+    A network without packed layers runs eager for `packed`.
+
+    Raises ExportError where the engine does not run it.
+    """
+    engines = {"auto": ENGINES, "packed": ("packed", "eager")}.get(engine, (engine,))
+    found = []
+    for batch in batches:
+        run = race(net, task.example(batch), batch=batch, engines=engines)
+        if not run.latencies:
+            told = "; ".join(run.refused.values())
+            raise ExportError(f"{engine} does not run the network: {told}")
+        found.append(next((t for t in run.latencies if t.engine == engine), run.latencies[0]))
+    return tuple(found)
+
+
+def _race(
+    net: nn.Module, example: Any, batch: int | None, threads: int | None, engines: Iterable[str],
+    seconds: float,
+) -> tuple[Race, Path, nn.Module, Example]:  # fmt: skip
+    wanted = list(dict.fromkeys(engines))
+    for engine in wanted:
+        if engine not in ENGINES:
+            raise ExportError(
+                f"fastest: there is no engine {engine!r}{did_you_mean(engine, ENGINES)}"
+            )
+    if not wanted or (batch is not None and batch < 1) or (threads is not None and threads < 1):
+        raise ExportError(
+            f"fastest: at least one engine, one example and one thread are needed, got {wanted}, "
+            f"batch={batch} and threads={threads}"
+        )
+    packed = packed_copy(net)
+    given = bound(packed, as_example(example))
+    if batch is not None:
+        given = resized(given, batch)
+    folder = Path(tempfile.mkdtemp(prefix="taut-"))
+    try:
+        refused = _write(packed, given, wanted, folder)
+        entered = [e for e in wanted if e not in refused]
+        latencies = _timed(packed, given, entered, folder, threads, seconds, refused)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    order = tuple(sorted(latencies, key=lambda t: t.median_ms))
+    return Race(latencies=order, refused=refused), folder, packed, given
+
+
+def _write(packed: nn.Module, given: Example, engines: list[str], folder: Path) -> dict[str, str]:
+    """The files that the engines run. Returns why some have none."""
+    refused: dict[str, str] = {}
+    for engine in engines:
+        path = folder / _FILES[engine]
+        if engine == "packed" and not any(p.multiplies for p in packed_layers(packed).values()):
+            refused[engine] = "the network has no packed layers"
+            continue
+        if path.exists():
+            continue
+        if engine == "packed":
+            tune(packed, given)
+        else:
+            run_dense(packed, True)
+        try:
+            export(packed, path, given, dynamic_batch=False)
+        except TautError as error:
+            refused[engine] = str(error)
+    return refused
+
+
+@torch.no_grad()
+def _timed(
+    packed: nn.Module, given: Example, engines: list[str], folder: Path, threads: int | None,
+    seconds: float, refused: dict[str, str],
+) -> list[Latency]:  # fmt: skip
+    run_dense(packed, True)
+    wanted = tree_leaves(packed(*given[0], **given[1]))
+    tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    torch.save(tensors, folder / "inputs.pt")
+    threads = threads or torch.get_num_threads()
+    rounds = any(p.input_code is not None for p in packed_layers(packed).values())
+    most = max(EXACT["bfloat16"], ROUNDED if rounds else 0.0)
+    workers = {engine: _Worker(engine, folder, threads) for engine in engines}
+    times: dict[str, list[float]] = {}
+    try:
+        for engine, worker in workers.items():
+            answers = worker.line()
+            if answers is None:
+                refused[engine] = f"it does not run: {worker.complaint()}"
+                continue
+            _, error = difference(torch.load(answers, weights_only=True), wanted)
+            if error > most:
+                refused[engine] = f"its answers are off by {error:.1%}, where {most:.1%} may be"
+                continue
+            times[engine] = []
+        for _ in range(_ROUNDS):
+            for engine, taken in times.items():
+                taken += workers[engine].go(seconds / _ROUNDS)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    size = next((len(t) for t in tensors if t.dim()), 1)
+    return [_latency(engine, size, threads, found) for engine, found in times.items()]
+
+
+def _latency(engine: str, batch: int, threads: int, times: list[float]) -> Latency:
+    low, _, high = statistics.quantiles(times, n=4)
+    return Latency(
+        batch=batch, threads=threads, engine=engine, median_ms=statistics.median(times),
+        iqr_ms=high - low, runs=len(times),
+    )  # fmt: skip
+
+
+class _Worker:
+    """A process that runs one engine's file."""
+
+    def __init__(self, engine: str, folder: Path, threads: int) -> None:
+        self.engine, self.log = engine, folder / f"{engine}.log"
+        given = [folder / _FILES[engine], folder / "inputs.pt", threads]
+        command = [sys.executable, "-m", "taut.export.worker", engine, *map(str, given)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )  # fmt: skip
+
+    def line(self) -> str | None:
+        """Its next line; None where it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip() or None
+
+    def go(self, seconds: float) -> list[float]:
+        """The milliseconds of its runs in a turn."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        if (line := self.line()) is None:
+            raise ExportError(f"fastest: {self.engine} ended as it was timed: {self.complaint()}")
+        times: list[float] = json.loads(line)
+        return times
+
+    def complaint(self) -> str:
+        """The last that it said before it ended."""
+        self.process.wait()
+        return (self.log.read_text().strip().splitlines() or ["no word"])[-1][:300]
+
+    def stop(self) -> None:
+        """Let it end."""
+        self.process.communicate()
