@@ -61,7 +61,7 @@ FLOORS = (
     {"objective"},
     {"recover", "measure", "pack"},
     {"growth"},
-    {"plan", "testing", "angles"},
+    {"plan", "testing", "angles", "trial"},
     {"compress"},
     {"report_data", "doctor", "sensitivity"},
     {"report"},
