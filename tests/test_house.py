@@ -59,12 +59,14 @@ FLOORS = (
     {"schedules", "training", "teacher_cache"},
     {"distillation"},
     {"objective"},
-    {"recover", "measure", "pack"},
+    {"recover", "measure", "pack", "frontier"},
     {"growth"},
     {"plan", "testing", "angles", "trial"},
     {"compress"},
+    {"search", "frontier_data"},
     {"report_data", "doctor", "sensitivity"},
-    {"report"},
+    {"report", "terminal"},
+    {"cli_search"},
     {"cli"},
 )
 """From the ground up. A module imports from the floors below its own, and from nowhere else."""

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import nn
 
 from taut.errors import GoalError, RunError
 from taut.files import read_json, write_atomically
+from taut.frontier import Frontier
 from taut.goal import Goal, Verdict, is_goal
 from taut.machine import machine, versions
 from taut.measure import BATCHES, latency, measure
@@ -37,9 +37,9 @@ from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
-from taut.trial import Ground, Trial, apply_step
+from taut.trial import Ground, Trial, apply_step, fingerprint
 from taut.tune import run_chosen
-from taut.types import Candidate, Direction, EpochRecord, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, Measurement
 from taut.watch import Watch, logged
 
 _log = logging.getLogger("taut")
@@ -68,9 +68,9 @@ class Result:
         return self.candidate.measurement
 
     @property
-    def frontier(self) -> list[Candidate]:
+    def frontier(self) -> Frontier:
         """The candidates that no other beats on bytes, latency and score at once."""
-        return frontier(self.candidates, self.better)
+        return Frontier.of(self.candidates, self.original, self.better)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -157,7 +157,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.task, self.aim = model, task, aim
         self.watch = watch if is_main() else Watch()
-        asked = {**asked, "weights": _fingerprint(model)}
+        asked = {**asked, "weights": fingerprint(model)}
         digest = xxhash.xxh3_64_hexdigest(json.dumps(asked, sort_keys=True).encode())
         self.folder = Path(folder) if folder else Path("runs") / f"{task.name}-{digest[:8]}"
         self.asked = asked
@@ -323,11 +323,3 @@ class _Run:
             after.append(latency(packed, example, batch))
         measurement = replace(best.measurement, latencies=tuple(after))
         return replace(original, latencies=tuple(before)), replace(best, measurement=measurement)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = xxhash.xxh3_64()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ Who catches TautError catches them all:
     ├── TrainingError    the loss is no longer a number
     ├── FormatError      a .taut file is damaged, hostile or of another model
     ├── DataError        a data set is not to be had, or is not the one expected
+    ├── SearchError      a search is asked for what cannot be searched
     ├── RunError         a run folder cannot be written or belongs to another run
     └── ZooError         the zoo has no such network, or a network no such option or input
 """
@@ -52,6 +53,10 @@ class DataError(TautError):
 
 class RunError(TautError):
     """A run folder cannot be written or belongs to another run."""
+
+
+class SearchError(TautError, ValueError):
+    """A search is asked for what cannot be searched."""
 
 
 class ZooError(TautError, ValueError):

@@ -48,6 +48,7 @@ def render(data: ReportData) -> str:
     page, style, script = (
         Path(__file__).with_suffix(f".{kind}").read_text("utf-8") for kind in ("html", "css", "js")
     )
+    script = with_frontier(script)
     return environment.from_string(page).render(
         data=data,
         style=style,
@@ -55,6 +56,12 @@ def render(data: ReportData) -> str:
         numbers=htmlsafe_json_dumps(_finite(asdict(data)), allow_nan=False),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
+
+
+def with_frontier(script: str) -> str:
+    """A page's script with the picture of the candidates, which pages share, in its place."""
+    shared = Path(__file__).with_name("frontier.js").read_text("utf-8")
+    return script.replace("// FRONTIER\n", shared)
 
 
 def _finite(value: Any) -> Any:

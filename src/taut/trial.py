@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from taut import edits, processes
@@ -199,3 +200,12 @@ class Trial:
         self.history = [EpochRecord(**r) for r in state["history"]]
         self.left = [LeftAlone(**g) for g in state.get("left", ())]
         self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of every tensor of a network, by name."""
+    digest = xxhash.xxh3_64()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
