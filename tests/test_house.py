@@ -66,6 +66,7 @@ FLOORS = (
     {"search", "frontier_data"},
     {"report_data", "doctor", "sensitivity"},
     {"report", "terminal"},
+    {"comparison"},
     {"cli_search"},
     {"cli"},
 )

@@ -147,7 +147,7 @@ def test_where_everything_is_predicted_hopeless_the_least_is_tried(tmp_path):
     ("options", "error", "message"),
     [
         ({"sampler": "tpee"}, SearchError, "no sampler is named 'tpee'; did you mean 'tpe'"),
-        ({"halving": "half"}, SearchError, "no tournament is named 'half'; did you mean"),
+        ({"halving": "halvin"}, SearchError, "no tournament is named 'halvin'; did you mean"),
         ({"trials": 0}, SearchError, "trials must be at least 1, got 0"),
         ({"workers": 2.5}, SearchError, "workers must be at least 1, got 2.5"),
         ({"engine": "torc"}, SearchError, "no engine is named 'torc'; did you mean 'torch'"),

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from taut import edits
 from taut.angles import RowAngles, angles
-from taut.cli_search import search_command
+from taut.cli_search import compare_command, search_command
 from taut.compress import compress
 from taut.doctor import Diagnosis, diagnose, remedy
 from taut.errors import TautError
@@ -128,6 +128,7 @@ def _wanted(recipe: str | None, goal: str | None) -> str:
 
 
 app.command("search")(search_command)
+app.command("compare")(compare_command)
 
 
 @app.command("measure")

@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from taut.comparison import write_comparison
 from taut.goal import value_of
 from taut.report import write_report
-from taut.search import SearchResult, search
+from taut.search import Comparison, SearchResult, compare, search
 from taut.terminal import (
     EXIT_NOT_MET,
     AsJson,
@@ -92,6 +93,74 @@ def search_command(
         out.print(result.explain(), highlight=False, soft_wrap=True, markup=False)
     if not result.met:
         raise typer.Exit(EXIT_NOT_MET)
+
+
+def compare_command(
+    task_file: TaskFile,
+    epochs: Annotated[int, typer.Option(help="of recovery, the same for all")] = 2,
+    strengths: Annotated[int, typer.Option(help="how many of each technique's")] = 3,
+    techniques: Annotated[str, typer.Option(help="which: patterns, `!` excludes")] = "*",
+    settings: Annotated[
+        str, typer.Option(help="steps that every recipe starts by, like training(clip=1)")
+    ] = "",
+    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
+    ] = "auto",
+    run_folder: Annotated[
+        Path | None, typer.Option(help="where everything goes; by default runs/<task>-compare")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="forget an earlier comparison")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every technique at several strengths, each with the same training: table, picture."""
+    task, model = loaded(task_file)
+    with _stoppable(), _live(quiet=as_json, trials=1, better=task.better) as watch:
+        result = compare(
+            model, task, epochs=epochs, strengths=strengths, techniques=techniques,
+            settings=settings, workers=workers, seed=seed, precision=precision,
+            folder=run_folder, fresh=fresh, watch=watch,
+        )  # fmt: skip
+        page = write_comparison(result, model)
+    if as_json:
+        print_json(
+            {
+                "original": result.original.to_json(),
+                "rows": [
+                    {**vars(r), "candidate": r.candidate.to_json() if r.candidate else None}
+                    for r in result.rows
+                ],
+                "frontier": result.frontier.rows(),
+                "picture": str(page),
+            }
+        )
+    else:
+        out.print(_compared(result))
+        out.print(f"picture  {page}", highlight=False, soft_wrap=True)
+
+
+def _compared(result: Comparison) -> Table:
+    table = Table(
+        title=f"{result.task}: the original has {result.original.size_bytes:,} bytes, "
+        f"score {result.original.score:.4f}"
+    )
+    table.add_column("recipe", overflow="fold")
+    for column in ("bytes", "score", r"latency \[ms]", "MACs", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    line = {id(c) for c in result.frontier}
+    for row in result.rows:
+        if row.candidate is None:
+            table.add_row(Text(row.recipe), Text("does not apply"), "", "", "", "")
+            continue
+        got = row.candidate.measurement
+        at = got.latency()
+        table.add_row(
+            Text(row.recipe), f"{got.size_bytes:,}", f"{got.score:.4f}",
+            f"{at.median_ms:.3f}" if at else "", f"{got.effective_macs:,}",
+            "frontier" if id(row.candidate) in line else "",
+        )  # fmt: skip
+    return table
 
 
 def _search_json(result: SearchResult, report: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
@@ -20,6 +20,9 @@ from torch import nn
 from taut.compress import Result
 from taut.files import write_atomically
 from taut.report_data import ReportData, Row, Unit, plural, report_data
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def write_report(result: Result, original_model: nn.Module, path: str | Path | None = None) -> Path:
@@ -35,24 +38,28 @@ def write_report(result: Result, original_model: nn.Module, path: str | Path | N
 
 def render(data: ReportData) -> str:
     """The report as HTML. Nothing in it is fetched; all text of the run is escaped."""
+    return drawn("report.html", data, percent=data.score_is_fraction)
+
+
+def drawn(template: str, data: DataclassInstance, *, percent: bool) -> str:
+    """A page from a template beside this file, with the data, the style and the plots inside.
+
+    percent: whether scores are told in per cent.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-
     environment.filters.update(
-        amount=partial(format_amount, percent=data.score_is_fraction),
-        changed=partial(format_change, percent=data.score_is_fraction),
+        amount=partial(format_amount, percent=percent),
+        changed=partial(format_change, percent=percent),
         significant=significant,
         plural=plural,
     )
-    page, style, script = (
-        Path(__file__).with_suffix(f".{kind}").read_text("utf-8") for kind in ("html", "css", "js")
-    )
-    script = with_frontier(script)
-    return environment.from_string(page).render(
+    here = Path(__file__)
+    return environment.from_string(here.with_name(template).read_text("utf-8")).render(
         data=data,
-        style=style,
-        script=script,
+        style=here.with_suffix(".css").read_text("utf-8"),
+        script=with_frontier(here.with_suffix(".js").read_text("utf-8")),
         numbers=htmlsafe_json_dumps(_finite(asdict(data)), allow_nan=False),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )

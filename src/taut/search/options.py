@@ -58,14 +58,7 @@ class Options:
 
     def before(self) -> tuple[Setting, ...]:
         """The settings that every recipe starts by."""
-        steps = Recipe.parse(self.settings).steps if self.settings else ()
-        found = tuple(s for s in steps if isinstance(s, Setting))
-        if len(found) < len(steps):
-            raise SearchError(
-                f"search: settings are steps that change how recoveries train, like "
-                f"training(precision='bfloat16'), got {self.settings!r}"
-            )
-        return found
+        return settings_of(self.settings)
 
     def asked(self) -> dict[str, Any]:
         """What makes two searches the same one; the others may change when it goes on."""
@@ -84,3 +77,15 @@ class Options:
             if value != f.default:
                 words += [f"--{f.name}", str(value)]
         return " ".join(map(shlex.quote, words))
+
+
+def settings_of(text: str) -> tuple[Setting, ...]:
+    """The settings that a text names, in a recipe's form. Raises SearchError for other steps."""
+    steps = Recipe.parse(text).steps if text else ()
+    found = tuple(s for s in steps if isinstance(s, Setting))
+    if len(found) < len(steps):
+        raise SearchError(
+            "search: settings are steps that change how recoveries train, like "
+            f"training(precision='bfloat16'), got {text!r}"
+        )
+    return found
