@@ -15,7 +15,7 @@ from conftest import digits_task, small_net
 import taut
 from taut.errors import GoalError, RunError, SearchError
 from taut.frontier import Frontier
-from taut.search import jobs, search
+from taut.search import jobs, loop, search
 from taut.search.study import Study
 from taut.watch import Watch
 
@@ -223,7 +223,7 @@ def test_where_every_trial_fails_there_is_no_result(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sampler", ["random", "grid", "gp", "nsga2", "nsga3"])
 def test_every_sampler_proposes(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.Trial, "go", simulated)
-    monkeypatch.setattr("taut.search.search.timed", untimed)
+    monkeypatch.setattr(loop, "timed", untimed)
     goal, options = "bytes<=20%, score>=-50%", {**FEW, "sampler": sampler, "trials": 24}
     first = search(trained_net(), digits_task(), goal, folder=tmp_path / "a", **options)
     again = search(trained_net(), digits_task(), goal, folder=tmp_path / "b", **options)
@@ -262,7 +262,7 @@ def untimed(ground, files, **_):
 
 def test_a_search_that_stops_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.Trial, "go", simulated)
-    monkeypatch.setattr("taut.search.search.timed", untimed)
+    monkeypatch.setattr(loop, "timed", untimed)
     goal, options = "bytes<=20%, score>=-50%", {**FEW, "trials": 16, "batch": 3}
     whole = search(trained_net(), digits_task(), goal, folder=tmp_path / "a", **options)
 
@@ -280,7 +280,7 @@ def test_a_search_that_stops_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize("halving", ["halving", "hyperband"])
 def test_tournaments_train_few_to_the_end(halving, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.Trial, "go", simulated)
-    monkeypatch.setattr("taut.search.search.timed", untimed)
+    monkeypatch.setattr(loop, "timed", untimed)
     goal, options = "bytes<=20%, score>=-50%", {**FEW, "epochs": 9, "trials": 14}
     result = search(
         trained_net(), digits_task(), goal, folder=tmp_path / "a", halving=halving, **options

@@ -8,11 +8,11 @@ jobs       one recipe to try, wherever
 pools      in this process or in several; cluster: as Ray tasks; serve: a worker's side
 timing     latencies that can be compared
 study      what is remembered, and by whom it is being written
-search     the loop; compare: every technique alone
+loop       propose, try, tell; compare: every technique alone
 """
 
 from taut.search.compare import Compared, Comparison, compare
+from taut.search.loop import search
 from taut.search.result import SearchResult
-from taut.search.search import search
 
 __all__ = ["Compared", "Comparison", "SearchResult", "compare", "search"]

@@ -105,20 +105,20 @@ def search(
         raise SearchError(
             "search runs as one process that has workers of its own; start it without torchrun"
         )
-    run = _Search(model, task, goal, chosen, folder, fresh, watch or Watch())
+    run = Searching(model, task, goal, chosen, folder, fresh, watch)
     with logged(run.folder, run.watch):
         return run.go()
 
 
-class _Search:
+class Searching:
     """The run folder, the study, and the order in which trials are proposed, done and told."""
 
     def __init__(
         self, model: nn.Module, task: Task, goal: Goal, options: Options,
-        folder: str | Path | None, fresh: bool, watch: Watch,
+        folder: str | Path | None, fresh: bool, watch: Watch | None,
     ) -> None:  # fmt: skip
         self.model, self.task, self.goal, self.options = model, task, goal, options
-        self.watch = watch
+        self.watch = watch = watch or Watch()
         self.axes = tuple(dict.fromkeys(("score", "bytes", options.minimize)))
         self.asked = {
             "task": task.name, "weights": fingerprint(model), "goal": str(goal), **options.asked()
@@ -183,21 +183,27 @@ class _Search:
     # ---- the search -------------------------------------------------------------------------
 
     def go(self) -> SearchResult:
+        """All trials, then the frontier timed, then the result."""
         try:
-            adopted = self.study.adopt()
-            if adopted or self._left() > 0:
-                self.record["status"] = "running"
-                only, flat = self.options.techniques, self.options.sampler in FLAT
-                self.space = self.outlook.space(only, self.options.before(), flat=flat)
-                self.grid = self._grid() if self.options.sampler == "grid" else []
-                with self._pool() as self.pool:
-                    if self.options.halving == "none":
-                        self._in_order(adopted)
-                    else:
-                        self._tournaments(adopted)
+            self.go_through()
             return self._close()
         finally:
             self.study.close()
+
+    def go_through(self) -> None:
+        """The trials that are left, those that a dead process had under way first."""
+        adopted = self.study.adopt()
+        if not adopted and self._left() <= 0:
+            return
+        self.record["status"] = "running"
+        only, flat = self.options.techniques, self.options.sampler in FLAT
+        self.space = self.outlook.space(only, self.options.before(), flat=flat)
+        self.grid = self._grid() if self.options.sampler == "grid" else []
+        with self._pool() as self.pool:
+            if self.options.halving == "none":
+                self._in_order(adopted)
+            else:
+                self._tournaments(adopted)
 
     def _pool(self) -> Pool:
         if self.options.ray is not None:
@@ -253,7 +259,7 @@ class _Search:
     def _tournament(self, alive: list[Trial], count: int, start: int, steps: list[int]) -> None:
         for rung in range(start, len(steps)):
             outcomes = self._all(
-                [self._job(t, _grown(recipe_of(t), steps[start : rung + 1])) for t in alive]
+                [self._job(t, grown(recipe_of(t), steps[start : rung + 1])) for t in alive]
             )
             points = [self._point(outcomes[t.number]) for t in alive]
             keep = survivors(count, rung - start + 1) if rung + 1 < len(steps) else 0
@@ -424,7 +430,7 @@ class _Search:
         }
 
 
-def _grown(recipe: str, steps: list[int]) -> str:
+def grown(recipe: str, steps: list[int]) -> str:
     """A recipe that trained steps[0] epochs, trained on to the last of the steps."""
     more = [Recover(epochs=b - a) for a, b in pairwise(steps)]
     return str(Recipe((*Recipe.parse(recipe).steps, *more)))
