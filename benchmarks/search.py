@@ -3,9 +3,9 @@
 LeNet-5 and ResNet-8 on 2,000 images of Fashion-MNIST, in bfloat16. Goal: 3 % of the bytes, at most
 half a point of accuracy lost. Searches differ by luck, so each is repeated with five seeds; to
 train all of that would take hours, so recipes of a random sample are trained once, at 1, 3 and 9
-epochs, and kept in benchmarks/search/; then searches are *replayed* on them. A replayed trial gets the
-outcome of the nearest recipe that was trained: the same techniques, the least distance between the
-strengths, each relative to its range. Overhead, workers and scale are measured on real runs.
+epochs, and kept in benchmarks/search/; then searches are *replayed* on them. A replayed trial gets
+the outcome of the nearest recipe that was trained: the same techniques, the least distance between
+the strengths in logarithms. Overhead, workers and scale are measured on real runs.
 """
 
 from __future__ import annotations

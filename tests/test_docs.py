@@ -91,3 +91,14 @@ def test_the_readmes_figures_are_those_of_the_records():
         text = path.read_text(encoding="utf-8")
         assert tables.write(text, headlines) == text
         assert "| LeNet-5, bytes |" in text
+
+
+def test_the_search_document_runs(tmp_path, monkeypatch, trained, task):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/search.md", "python")
+    names = {"net": trained, "task": task}
+    exec(code, names)
+    assert names["small"] in names["result"].frontier
+    assert len(names["rows"]) == len(names["result"].frontier)
+    commands = re.findall(r"^taut (\w+)", "".join(blocks("docs/search.md", "sh")), re.MULTILINE)
+    assert commands == ["search", "compare"]
