@@ -86,5 +86,5 @@ def test_what_there_is_not_is_refused(options, message, tmp_path):
 
 
 def test_another_networks_folder_is_refused(found):
-    with pytest.raises(RunError, match="belongs to another comparison .its weights is"):
+    with pytest.raises(RunError, match=r"belongs to another comparison .its weights is"):
         compare(small_net(), digits_task(), folder=found[0].folder, **FEW)

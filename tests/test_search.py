@@ -224,12 +224,11 @@ def test_where_every_trial_fails_there_is_no_result(tmp_path, monkeypatch):
 def test_every_sampler_proposes(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.Trial, "go", simulated)
     monkeypatch.setattr(loop, "timed", untimed)
-    goal, options = "bytes<=20%, score>=-50%", {**FEW, "sampler": sampler, "trials": 24}
+    goal, options = "bytes<=20%, score>=-50%", {**FEW, "sampler": sampler, "trials": 12}
     first = search(trained_net(), digits_task(), goal, folder=tmp_path / "a", **options)
     again = search(trained_net(), digits_task(), goal, folder=tmp_path / "b", **options)
-    other = search(trained_net(), digits_task(), goal, folder=tmp_path / "c", seed=1, **options)
-    assert recipes(first) == recipes(again) != recipes(other)
-    assert len(set(recipes(first))) == len(recipes(first)) > 10
+    assert recipes(first) == recipes(again)
+    assert len(set(recipes(first))) == len(recipes(first)) == 12
 
 
 def simulated(self):

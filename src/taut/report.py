@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
@@ -20,9 +20,6 @@ from torch import nn
 from taut.compress import Result
 from taut.files import write_atomically
 from taut.report_data import ReportData, Row, Unit, plural, report_data
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 def write_report(result: Result, original_model: nn.Module, path: str | Path | None = None) -> Path:
@@ -41,7 +38,7 @@ def render(data: ReportData) -> str:
     return drawn("report.html", data, percent=data.score_is_fraction)
 
 
-def drawn(template: str, data: DataclassInstance, *, percent: bool) -> str:
+def drawn(template: str, data: Any, *, percent: bool) -> str:
     """A page from a template beside this file, with the data, the style and the plots inside.
 
     percent: whether scores are told in per cent.

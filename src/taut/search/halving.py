@@ -88,9 +88,9 @@ def crowding(points: NDArray[np.float64]) -> NDArray[np.float64]:
     for axis in range(axes):
         order = np.argsort(points[:, axis], kind="stable")
         values = points[order, axis]
-        span = values[-1] - values[0]
+        span = values[-1] - values[0] if np.isfinite(values).all() else 0.0
         total[order[[0, -1]]] = math.inf
-        if math.isfinite(span) and span > 0 and count > 2:
+        if span > 0 and count > 2:
             total[order[1:-1]] += (values[2:] - values[:-2]) / span
     return total
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_type_hints
 
 import torch
@@ -85,7 +85,7 @@ class Knob:
         """What the option gets for a sample, rounded to what a recipe can be read by.
 
         >>> Knob(step="", option="", scale="logit", low=-1, high=5).value(2.2)
-        0.9
+        0.9002
         """
         if self.scale != "logit":
             return sampled if isinstance(sampled, int) else _rounded(sampled)
@@ -125,7 +125,8 @@ def strength(cls: type[Step], site: Site | None = None) -> Knob | None:
     ]  # fmt: skip
     moving = [f for f in numbers if site is not None and _moves(cls, f.name, site)]
     for f in moving or numbers:
-        return _number(cls.name, f.name, f.metadata, f.default, whole=hints[f.name] is int)
+        knob = _number(cls.name, f.name, f.metadata, f.default, whole=hints[f.name] is int)
+        return _taken(cls, knob) if knob.scale == "whole" else knob
     for f in cls.options():
         if 1 < len(f.metadata["choices"]) <= _MOST_WORDS:
             return Knob(step=cls.name, option=f.name, scale="words", words=f.metadata["choices"])
@@ -139,6 +140,7 @@ def _number(step: str, option: str, rule: Mapping[str, Any], default: Any, whole
         high = high if rule["high"] is not None else high - 1
         return Knob(step=step, option=option, scale="whole", low=low, high=high)
     if low > 0 and high / low > 100:
+        high = high if rule["high"] is not None else high - _EDGE * (high - low)
         return Knob(step=step, option=option, scale="log", low=low, high=high)
     share = min(max((default - low) / (high - low), _EDGE), 1 - _EDGE)
     edge, middle = math.log((1 - _EDGE) / _EDGE), math.log(share / (1 - share))
@@ -146,6 +148,24 @@ def _number(step: str, option: str, rule: Mapping[str, Any], default: Any, whole
         step=step, option=option, scale="logit", low=max(middle - _AROUND, -edge),
         high=min(middle + _AROUND, edge), start=low, width=high - low,
     )  # fmt: skip
+
+
+def _taken(cls: type[Step], knob: Knob) -> Knob:
+    """The whole numbers that the technique takes while its other options are the defaults."""
+
+    def fine(value: int) -> bool:
+        try:
+            cls(**{knob.option: value})
+        except TautError:
+            return False
+        return True
+
+    taken = [
+        v for v in range(int(knob.low), min(int(knob.high), int(knob.low) + 64) + 1) if fine(v)
+    ]
+    if not taken or knob.high - knob.low > 64:
+        return knob
+    return replace(knob, low=taken[0], high=taken[-1])
 
 
 def _moves(cls: type[Step], option: str, site: Site) -> bool:
