@@ -26,7 +26,7 @@ function candidates(original, of, spread, bound, x) {
     hovertemplate: `original: %{x:,} ${x.unit}, %{y:.4~f}<extra></extra>`,
   };
   const numbered = new Map(all.map((c) => [c.number, c]));
-  const lines = data.curves.slice(0, 24).map((curve, i) => {
+  const lines = data.curves.filter((c) => c.axis === bound).slice(0, 24).map((curve, i) => {
     const on = curve.numbers.map((n) => numbered.get(n)).filter(Boolean).sort((a, b) => of(a) - of(b));
     return {
       type: "scatter", mode: "lines", x: on.map(of), y: on.map(y), opacity: .55, name: curve.family,

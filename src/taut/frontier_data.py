@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from taut.goal import Goal
@@ -36,8 +36,12 @@ class CandidateRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What one family of techniques reaches: numbers of those that none of it beats, by bytes."""
+    """What one family of techniques reaches on a cost: those that none of it beats, by number.
 
+    axis: bytes, latency or macs.
+    """
+
+    axis: str
     family: str
     numbers: tuple[int, ...]
 
@@ -52,7 +56,8 @@ def candidate_rows(
     """
     unbeaten = {id(c) for c in frontier}
     first = [i for i, c in enumerate(tried) if id(c) in unbeaten or c is chosen]
-    others = [i for i, c in enumerate(tried) if i not in set(first)] if first else []
+    already = set(first)
+    others = [i for i in range(len(tried)) if i not in already]
     kept = {*first, *_evenly(others, _MOST_DRAWN)}
     listed = {*first[:_MOST_LISTED], *_evenly(others, _MOST_LISTED)}
     return tuple(
@@ -90,14 +95,21 @@ def family(recipe: str) -> str:
 
 
 def curves(rows: Sequence[CandidateRow], better: Direction) -> tuple[Curve, ...]:
-    """Each family's own frontier of score against bytes, where it has two points or more."""
-    families: dict[str, list[CandidateRow]] = {}
-    for row in sorted(rows, key=lambda r: r.size_bytes):
-        its = families.setdefault(row.family, [])
-        gain = row.score - its[-1].score if its else math.inf
-        if gain > 0 if better == "higher" or not its else gain < 0:
-            its.append(row)
-    return tuple(
-        Curve(family=name, numbers=tuple(r.number for r in its))
-        for name, its in sorted(families.items()) if len(its) > 1
-    )  # fmt: skip
+    """Each family's own frontier of score against each cost, where it has two points or more."""
+    costs: dict[str, Callable[[CandidateRow], float | None]] = {
+        "bytes": lambda r: r.size_bytes, "latency": lambda r: r.latency_ms, "macs": lambda r: r.macs
+    }  # fmt: skip
+    found = []
+    for axis, cost in costs.items():
+        families: dict[str, list[CandidateRow]] = {}
+        timed = [(c, r) for r in rows if (c := cost(r)) is not None and not math.isnan(r.score)]
+        for _, row in sorted(timed, key=lambda pair: (pair[0], pair[1].number)):
+            its = families.setdefault(row.family, [])
+            gain = row.score - its[-1].score if its else math.inf
+            if not its or (gain > 0 if better == "higher" else gain < 0):
+                its.append(row)
+        found += [
+            Curve(axis=axis, family=name, numbers=tuple(r.number for r in its))
+            for name, its in sorted(families.items()) if len(its) > 1
+        ]  # fmt: skip
+    return tuple(found)
