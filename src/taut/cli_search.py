@@ -60,6 +60,7 @@ def search_command(
     storage: Annotated[
         str | None, typer.Option(help="a database's URL; by default a journal in the run folder")
     ] = None,
+    study: Annotated[str, typer.Option(help="its name there; by default the task's")] = "",
     engine: Annotated[str, typer.Option(help="that latencies are taken with")] = "torch",
     threads: Annotated[int, typer.Option(help="that latencies are taken at; 0: all")] = 0,
     precision: Annotated[
@@ -82,7 +83,7 @@ def search_command(
         result = search(
             model, task, goal, folder=run_folder, fresh=fresh, watch=watch, minimize=minimize,
             trials=trials, epochs=epochs, sampler=sampler, halving=halving, techniques=techniques,
-            settings=settings, workers=workers, ray=ray, batch=batch, storage=storage,
+            settings=settings, workers=workers, ray=ray, batch=batch, storage=storage, study=study,
             engine=engine, threads=threads, precision=precision, seed=seed,
         )  # fmt: skip
         report = write_report(result, model)

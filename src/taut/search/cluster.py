@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,8 @@ class Cluster(Pool):
 
     def close(self) -> None:
         for task in self.flying:
-            self.ray.cancel(task, force=True)
+            with contextlib.suppress(Exception):  # it may be done, or never have been a task
+                self.ray.cancel(task, force=True)
         if self.started:
             self.ray.shutdown()
 

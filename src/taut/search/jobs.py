@@ -36,12 +36,14 @@ class Job:
 
     def done(self) -> Outcome | None:
         """The outcome, where the folder holds it already."""
+        known = self.outcomes().get(self.recipe)
+        whole = known is not None and (Path(self.folder) / "net.taut").is_file()
+        return Outcome.from_json(known) if known is not None and whole else None
+
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """What is known of this trial, by recipe: in a tournament its recipe has grown."""
         path = Path(self.folder) / "trial.json"
-        if not path.is_file():
-            return None
-        data = read_json(path)
-        whole = data["recipe"] == self.recipe and (Path(self.folder) / "net.taut").is_file()
-        return Outcome.from_json(data["outcome"]) if whole else None
+        return dict(read_json(path)["outcomes"]) if path.is_file() else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def run_job(ground: Ground, job: Job) -> Outcome:
         said = (str(error).strip().splitlines() or [""])[0]
         return Outcome(error=f"{type(error).__name__}: {said}")
     outcome = Outcome(candidate=candidate, history=tuple(vars(r) for r in trial.history))
-    data = {"recipe": job.recipe, "outcome": outcome.to_json()}
+    data = {"outcomes": {**job.outcomes(), job.recipe: outcome.to_json()}}
     write_atomically(Path(job.folder) / "trial.json", json.dumps(data, indent=1).encode())
     return outcome
 

@@ -90,7 +90,8 @@ def search(
         starts by, `"training(precision='bfloat16')"`. precision: of what no technique recodes.
     workers: processes on this machine; ray: address of a Ray cluster, "" starts one here. batch:
         trials under way at most, by default twice the workers.
-    storage: a database's URL, by default a journal in the folder.
+    storage: a database's URL, by default a journal in the folder; study: its name there, by default
+        the task's.
     engine, threads: with which latencies are taken.
 
     Raises SearchError, GoalError or RunError for what cannot be; a trial that fails is recorded,
@@ -129,8 +130,18 @@ class Searching:
         if fresh:
             self._forget()
         self.study = Study(
-            self.folder, task.name, self.asked, self.axes, task.better, options.storage
-        )
+            self.folder, options.study or task.name, self.asked, self.axes, task.better,
+            options.storage, fresh,
+        )  # fmt: skip
+        try:
+            self._prepare()
+        except BaseException:
+            self.study.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Trace and measure the original, and look at what may be searched."""
+        model, task, options, watch = self.model, self.task, self.options, self.watch
         self.trace = trace(model, task.example())
         self.ground = Ground(
             model=model, task=task, trace=self.trace, folder=self.folder, seed=options.seed,
@@ -138,7 +149,7 @@ class Searching:
         )  # fmt: skip
         self.record = self._opened()
         self.original = Measurement.from_json(self.record["original"])
-        self.outlook = Outlook(model, task, self.trace, self.original, goal)
+        self.outlook = Outlook(model, task, self.trace, self.original, self.goal)
 
     # ---- the record -------------------------------------------------------------------------
 

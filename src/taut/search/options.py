@@ -31,6 +31,7 @@ class Options:
     workers: int = 1
     ray: str | None = None
     storage: str | None = None
+    study: str = ""
     seed: int = 0
     precision: str = "auto"
     engine: str = "torch"

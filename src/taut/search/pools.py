@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from taut.errors import RunError
+from taut.errors import RunError, SearchError
 from taut.files import write_atomically
 from taut.search.jobs import Job, Outcome, run_job, shipment
 from taut.search.timing import from_json, timed_in_turn
@@ -177,7 +177,7 @@ def timed(
     shipped = ground.folder / ".timed"
     try:
         content = shipment(ground)
-    except Exception:
+    except SearchError:
         return timed_in_turn(ground, files, **options)
     write_atomically(shipped, content)
     server = Server(shipped, ground.folder, threads)

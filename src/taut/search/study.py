@@ -43,15 +43,14 @@ class Study:
 
     def __init__(
         self, folder: Path, name: str, asked: Mapping[str, Any], axes: Sequence[str],
-        better: Direction, url: str | None = None,
+        better: Direction, url: str | None = None, fresh: bool = False,
     ) -> None:  # fmt: skip
         self.folder, self.name, self.axes = folder, name, tuple(axes)
         self.url = url
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         up = [a == "score" and better == "higher" for a in axes]
-        self.optuna = self._opened(
-            [StudyDirection.MAXIMIZE if u else StudyDirection.MINIMIZE for u in up]
-        )
+        ways = [StudyDirection.MAXIMIZE if u else StudyDirection.MINIMIZE for u in up]
+        self.optuna = self._opened(ways, fresh)
         self._claim(asked)
         self.token = f"{socket.gethostname()} {folder.resolve()} {uuid.uuid4().hex}"
         self._held = self._own()
@@ -59,12 +58,15 @@ class Study:
 
     # ---- opening ----------------------------------------------------------------------------
 
-    def _opened(self, directions: list[StudyDirection]) -> optuna.Study:
+    def _opened(self, directions: list[StudyDirection], fresh: bool) -> optuna.Study:
         where = self.url or str(self.folder / "study.journal")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 storage = _database(self.url) if self.url else self._journal()
+                if fresh:
+                    with contextlib.suppress(KeyError):  # there is none yet
+                        optuna.delete_study(study_name=self.name, storage=storage)
                 study = optuna.create_study(
                     storage=storage, study_name=self.name, load_if_exists=True,
                     directions=directions,
