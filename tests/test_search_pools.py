@@ -168,3 +168,18 @@ def test_the_same_seed_finds_the_same_with_two_workers(tmp_path, monkeypatch):
     ]
     assert small_net() is not None
     assert os.path.isfile(tmp_path / "b" / "workers.txt")
+
+
+def test_a_trial_knows_its_outcome_at_every_rung(tmp_path):
+    """A tournament that goes on ranks survivors by the rung that they were ranked at."""
+    short = "share_values(bits=4) > recover(epochs=1)"
+    grown = f"{short} > recover(epochs=2)"
+    place = Here(ground(tmp_path))
+    found = {}
+    for recipe in (short, grown):
+        place.submit(job(tmp_path, 0, recipe))
+        _, found[recipe] = place.next()
+    assert job(tmp_path, 0, short).done() == found[short]
+    assert job(tmp_path, 0, grown).done() == found[grown]
+    assert [r["epoch"] for r in found[grown].history] == [1, 1, 2]
+    assert job(tmp_path, 0, "share_values(bits=3)").done() is None

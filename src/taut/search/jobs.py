@@ -96,7 +96,7 @@ def shipment(ground: Ground) -> bytes:
     for module in named:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps((list(sys.path), quiet)))
+        return bytes(cloudpickle.dumps((list(sys.path), cloudpickle.dumps(quiet))))
     except Exception as error:  # whatever an object makes of being pickled
         raise SearchError(
             f"search: the network or its task cannot be sent to other processes "
@@ -110,7 +110,8 @@ def shipment(ground: Ground) -> bytes:
 
 def unpacked(content: bytes, folder: Path | None = None) -> Ground:
     """A ground that was shipped; folder: where it is now."""
-    paths, ground = cloudpickle.loads(content)
-    sys.path += [p for p in paths if p not in sys.path]
+    paths, inner = cloudpickle.loads(content)
+    sys.path += [p for p in paths if p not in sys.path]  # before anything is looked up there
+    ground = cloudpickle.loads(inner)
     assert isinstance(ground, Ground)
     return ground if folder is None else replace(ground, folder=folder)

@@ -103,7 +103,7 @@ class Processes(Pool):
             job = self.busy.pop(server)
             reply = server.reply()
             if reply is None:
-                code = server.close()
+                code = server.close(patience=30.0)
                 self.servers[self.servers.index(server)] = server.again()
                 if self.tries[job.number] < _TRIES:
                     self.queue.appendleft(job)
@@ -152,13 +152,13 @@ class Server:
         line = self.replies.readline()
         return json.loads(line) if line.endswith("\n") else None
 
-    def close(self) -> int:
-        """End it, and return its exit code, negative for a signal."""
+    def close(self, patience: float = 0.5) -> int:
+        """End it, by force after so many seconds; returns its exit code, negative for a signal."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
-            code = self.process.wait(0.5)
+            code = self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
@@ -185,7 +185,7 @@ def timed(
         server.ask({"time": {"files": files, **options}})
         reply = server.reply()
     finally:
-        code = server.close()
+        code = server.close(patience=30.0)
         shipped.unlink(missing_ok=True)
     if reply is None:
         raise RunError(
