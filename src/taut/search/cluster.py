@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,10 @@ class Cluster(Pool):
         self.started = not ray.is_initialized()
         if self.started:
             try:
+                _reach(address)
                 here = {"address": address} if address else {"include_dashboard": False}
                 ray.init(**here, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise SearchError(
                     f"search: no Ray cluster answers at {address!r} ({error}); start one by "
                     "`ray start --head`, or give --ray '' for one on this machine"
@@ -88,6 +90,13 @@ class Cluster(Pool):
                 self.ray.cancel(task, force=True)
         if self.started:
             self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself would wait for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), 10).close()
 
 
 def _done(
