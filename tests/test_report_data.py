@@ -231,7 +231,9 @@ def test_each_bound_comes_with_what_was_asked_and_reached(
 def test_a_beaten_candidate_is_not_on_the_frontier(result: taut.Result) -> None:
     good = result.candidate
     worse = replace(
-        good, recipe="worse", measurement=replace(good.measurement, size_bytes=10**6, score=0.0)
+        good,
+        recipe="share_values(bits=1)",
+        measurement=replace(good.measurement, size_bytes=10**6, score=0.0),
     )
     both = replace(result, candidates=(worse, good))
     rows = candidate_rows(
