@@ -141,3 +141,14 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, trained, task):
              "build": small_net}  # fmt: skip
     exec(blocks("docs/index.md", "python")[1], names)
     assert torch.equal(names["again"][0].bias, names["result"].model[0].bias)
+
+
+def test_the_search_document_runs(tmp_path, monkeypatch, trained, task):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/search.md", "python")
+    names = {"net": trained, "task": task}
+    exec(code, names)
+    assert names["small"] in names["result"].frontier
+    assert len(names["rows"]) == len(names["result"].frontier)
+    commands = re.findall(r"^taut (\w+)", "".join(blocks("docs/search.md", "sh")), re.MULTILINE)
+    assert commands == ["search", "compare"]

@@ -62,12 +62,16 @@ FLOORS = (
     {"schedules", "training", "teacher_cache"},
     {"distillation"},
     {"objective"},
-    {"recover", "measure", "pack"},
+    {"recover", "measure", "pack", "frontier"},
     {"growth", "export"},
     {"plan", "testing", "angles", "fastest"},
+    {"trial"},
     {"compress"},
+    {"search", "frontier_data"},
     {"report_data", "doctor", "sensitivity", "fallback"},
-    {"report", "engine_commands"},
+    {"report", "terminal", "engine_commands"},
+    {"comparison"},
+    {"cli_search"},
     {"cli"},
 )
 """From the ground up. A module imports from the floors below its own, and from nowhere else."""

@@ -109,7 +109,7 @@ def test_links_and_labels_lead_somewhere(page: str) -> None:
     pointed = re.findall(r'(?:href="#|aria-labelledby=")([^"]*)"', own)
     assert set(pointed) <= set(ids)
     plots = re.findall(r'<div class="plot[^>]*>', own)
-    assert len(plots) == 2 + 1 + 2 + 1 + 3  # candidates, parts, two sites, angles, training
+    assert len(plots) == 3 + 1 + 2 + 1 + 3  # candidates, parts, two sites, angles, training
     assert all('role="img"' in p and "aria-label=" in p for p in plots)
     assert own.count("<caption>") == own.count("<table>") == 5
     assert all("scope=" in th for th in re.findall(r"<th\b[^>]*>", own))
@@ -309,7 +309,7 @@ def test_a_browser_draws_every_plot(
 ) -> None:
     drawn = opened(chromium, write_report(result, model, tmp_path / "report.html"))
     plots = re.findall(r'<div class="plot[^"]*js-plotly-plot"', drawn)
-    assert len(plots) == 2 + 1 + len(data.weights) + 1 + 3
+    assert len(plots) == 3 + 1 + len(data.weights) + 1 + 3
     assert drawn.count('class="main-svg"') >= len(plots)
     assert "values.index" in drawn
 

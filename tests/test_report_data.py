@@ -15,6 +15,7 @@ from torch import nn
 import taut
 from taut import report_data
 from taut.errors import RunError
+from taut.frontier_data import candidate_rows
 from taut.layers import packed_layers
 from taut.packed import Plain
 from taut.report import write_report
@@ -230,9 +231,14 @@ def test_each_bound_comes_with_what_was_asked_and_reached(
 def test_a_beaten_candidate_is_not_on_the_frontier(result: taut.Result) -> None:
     good = result.candidate
     worse = replace(
-        good, recipe="worse", measurement=replace(good.measurement, size_bytes=10**6, score=0.0)
+        good,
+        recipe="share_values(bits=1)",
+        measurement=replace(good.measurement, size_bytes=10**6, score=0.0),
     )
-    rows = report_data._candidates(replace(result, candidates=(worse, good)))
+    both = replace(result, candidates=(worse, good))
+    rows = candidate_rows(
+        both.candidates, both.frontier, both.original, both.better, chosen=both.candidate
+    )
     assert [(r.number, r.on_frontier, r.chosen) for r in rows] == [
         (1, False, False),
         (2, True, True),

@@ -6,7 +6,7 @@ model + task ──trace──▶ sites, work, what feeds what
           ──recover──▶ trained again, distilled from the original
           ──pack──▶ packed layers ──▶ net.taut (one small, safe file)
           ──tune──▶ each layer packed or dense, whichever is faster here
-          ──measure──▶ candidate ──plan──▶ the goal ──▶ report.html
+          ──measure──▶ candidate ──plan, search──▶ frontier ──▶ report.html
           ──export──▶ a file for another engine, with the same answers
 """
 
@@ -21,6 +21,7 @@ from taut.pack import inspect, load, pack
 from taut.recipe import Recipe
 from taut.recover import Recover, recover
 from taut.schedules import attach_schedules
+from taut.search import compare, search
 from taut.task import Task, load_task
 from taut.trace import trace
 from taut.tune import tune
@@ -39,6 +40,7 @@ __all__ = [
     "Watch",
     "apply",
     "attach_schedules",
+    "compare",
     "compress",
     "data",
     "export",
@@ -49,6 +51,7 @@ __all__ = [
     "measure",
     "pack",
     "recover",
+    "search",
     "techniques",
     "trace",
     "tune",

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from taut import edits
 from taut.angles import RowAngles, angles
-from taut.compress import Result, compress
+from taut.cli_search import compare_command, search_command
+from taut.compress import compress
 from taut.doctor import Diagnosis, diagnose, remedy
 from taut.engine_commands import bench_command, export_command, run_command
-from taut.errors import TaskError, TautError
+from taut.errors import TautError
 from taut.fallback import fall_back
 from taut.goal import is_goal
 from taut.measure import measure
@@ -32,10 +29,21 @@ from taut.processes import is_main, once
 from taut.recipe import describe_range
 from taut.report import write_report
 from taut.sensitivity import Sensitivity, sensitivity, write_plot
-from taut.task import Task, load_task
 from taut.technique import STEPS, techniques
+from taut.terminal import (
+    EXIT_NOT_MET,
+    AsJson,
+    TaskFile,
+    err,
+    loaded,
+    out,
+    print_json,
+    print_result,
+    result_json,
+    side_by_side,
+)
 from taut.trace import trace
-from taut.types import Choice, EpochRecord, Measurement
+from taut.types import Choice, EpochRecord
 from taut.watch import Watch
 
 app = typer.Typer(
@@ -44,12 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes trained neural networks smaller and faster, and measures that it did.",
 )
-out, err = Console(), Console(stderr=True)
-
-TaskFile = Annotated[Path, typer.Argument(help="a Python file with model(), train() and test()")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
-
-EXIT_NOT_MET = 3  # the run went well, but a bound of the goal does not hold
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def compress_command(
     processes train together by `torchrun --nproc-per-node 2 --no-python taut compress ...`.
     """
     wanted = _wanted(recipe, goal)
-    task, model = _load(task_file)
+    task, model = loaded(task_file)
     if fall_back_to is not None:
         wanted = str(fall_back(model, task, wanted, fall_back_to).recipe)
     try:
@@ -115,9 +117,9 @@ def compress_command(
         err.print("stopped; the same command goes on from here (without --fresh)")
         raise typer.Exit(130) from stop
     if as_json and is_main():
-        _print_json(_result_json(result, report))
+        print_json(result_json(result, report))
     elif is_main():
-        _print_result(result, report)
+        print_result(result, report)
     if not result.met:
         raise typer.Exit(EXIT_NOT_MET)
 
@@ -136,6 +138,10 @@ def _wanted(recipe: str | None, goal: str | None) -> str:
     return wanted
 
 
+app.command("search")(search_command)
+app.command("compare")(compare_command)
+
+
 @app.command("measure")
 def measure_command(
     task_file: TaskFile,
@@ -143,7 +149,7 @@ def measure_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the task's network, and beside it the one in a .taut file."""
-    task, model = _load(task_file)
+    task, model = loaded(task_file)
     traced = trace(model, task.example())
     found = {"original": measure(model, task, traced)}
     if taut_file is not None:
@@ -153,9 +159,9 @@ def measure_command(
         size = taut_file.stat().st_size
         found[taut_file.name] = measure(packed, task, traced, size_bytes=size)
     if as_json:
-        _print_json({name: m.to_json() for name, m in found.items()})
+        print_json({name: m.to_json() for name, m in found.items()})
     else:
-        out.print(_table(found))
+        out.print(side_by_side(found))
         if choices := [c for m in found.values() for c in m.choices]:
             out.print(_choices(choices, type(model).__name__))
 
@@ -208,7 +214,7 @@ def inspect_command(
             }
             for t in summary.tensors
         ]  # fmt: skip
-        _print_json({
+        print_json({
             "size_bytes": summary.size_bytes, "overhead_bytes": summary.overhead_bytes,
             "tensors": tensors,
         })  # fmt: skip
@@ -217,21 +223,21 @@ def inspect_command(
 
 
 def _inspect_task(task_file: Path, as_json: bool) -> None:
-    task, model = _load(task_file)
+    task, model = loaded(task_file)
     found = sensitivity(model, task)
     plot = write_plot(found, "sensitivity.html")
     if as_json:
-        _print_json({**found.to_json(), "plot": str(plot)})
+        print_json({**found.to_json(), "plot": str(plot)})
     else:
         out.print(_sensitivities(found))
         out.print(f"plot  {plot}", highlight=False, soft_wrap=True)
 
 
 def _inspect_angles(file: Path, task_file: Path, as_json: bool) -> None:
-    _, model = _load(task_file)
+    _, model = loaded(task_file)
     found = angles(model, load(file, clone(model)))
     if as_json:
-        _print_json([one.to_json() for one in found])
+        print_json([one.to_json() for one in found])
     else:
         out.print(_angles(found))
 
@@ -265,19 +271,12 @@ def doctor_command(as_json: AsJson = False) -> None:
     """Show what Taut found here: processor, kernels and what each runs, PyTorch, engines."""
     found = diagnose()
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         out.print(_diagnosis(found))
 
 
 # ---- loading and showing --------------------------------------------------------------------
-
-
-def _load(path: Path) -> tuple[Task, nn.Module]:
-    task = load_task(path)
-    if task.model is None:
-        raise TaskError(f"{path} lacks a function model()")
-    return task, task.model().eval()
 
 
 class _Bar(Watch):
@@ -314,51 +313,6 @@ def _progress(quiet: bool, split: str) -> Iterator[Watch]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=out, transient=True) as progress:
         yield _Bar(progress, split)
-
-
-def _print_result(result: Result, report: Path) -> None:
-    out.print(_table({"original": result.original, "net.taut": result.measurement}))
-    for verdict in result.verdicts:
-        word = "[green]met[/]" if verdict.holds else "[bold red]not met[/]"
-        out.print(
-            f"  {word}  {verdict.bound.text}: asked {verdict.bound.relation} "
-            f"{verdict.asked:,.6g}, reached {verdict.reached:,.6g}",
-            highlight=False,
-        )
-    if not result.met:
-        out.print("  [yellow]this is the nearest that was found[/]")
-    out.print(f"recipe  {result.candidate.recipe}", highlight=False, soft_wrap=True)
-    out.print(f"file    {result.folder / 'net.taut'}", highlight=False, soft_wrap=True)
-    out.print(f"report  {report}", highlight=False, soft_wrap=True)
-
-
-def _table(found: dict[str, Measurement]) -> Table:
-    first = next(iter(found.values()))
-    table = Table()
-    table.add_column("")
-    for name in found:
-        table.add_column(name, justify="right")
-    if len(found) > 1:
-        table.add_column("ratio", justify="right")
-
-    def row(label: str, values: list[float], form: str = "{:,.0f}", ratio: bool = True) -> None:
-        cells = [form.format(v) for v in values]
-        if len(values) > 1:
-            cells.append(f"{values[0] / values[1]:.1f}×" if ratio and values[1] else "")
-        table.add_row(Text(label), *cells)
-
-    each = list(found.values())
-    row("score", [m.score for m in each], "{:.4f}", ratio=False)
-    row("bytes", [m.size_bytes for m in each])
-    row("non-zero parameters", [m.nonzero_parameters for m in each])
-    row("effective MACs", [m.effective_macs for m in each])
-    for at in first.latencies:
-        threads = f"{at.threads} thread{'' if at.threads == 1 else 's'}"
-        label = f"latency, batch {at.batch}, {threads}, {at.engine} [ms]"
-        timed = [t for m in each if (t := m.latency(at.batch)) is not None]
-        row(label, [t.median_ms for t in timed], "{:.3f}")
-    row("peak memory of a forward [bytes]", [m.peak_memory_bytes for m in each])
-    return table
 
 
 def _choices(choices: list[Choice], network: str) -> Table:
@@ -450,25 +404,6 @@ def _diagnosis(found: Diagnosis) -> Table:
         hint = f": {command}" if (command := remedy(engine)) else ""
         row(engine, version or f"not installed{hint}")
     return table
-
-
-def _result_json(result: Result, report: Path) -> dict[str, Any]:
-    return {
-        "met": result.met,
-        "recipe": result.candidate.recipe,
-        "original": result.original.to_json(),
-        "measurement": result.measurement.to_json(),
-        "verdicts": [
-            {"bound": v.bound.text, "asked": v.asked, "reached": v.reached, "holds": v.holds}
-            for v in result.verdicts
-        ],
-        "file": str(result.folder / "net.taut"),
-        "report": str(report),
-    }
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,33 +19,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import nn
 
-from taut import edits, processes
-from taut.activations import input_forms, place_input
-from taut.errors import GoalError, RecipeError, RunError
-from taut.fastest import latencies
-from taut.files import read_json, unreadable, write_atomically
+from taut.errors import GoalError, RunError
+from taut.files import read_json, write_atomically
+from taut.frontier import Frontier
 from taut.goal import Goal, Verdict, is_goal
-from taut.growth import apply_where_smaller
 from taut.machine import machine, versions
 from taut.measure import BATCHES, latency, measure
 from taut.modules import clone
-from taut.pack import check_precision, load, pack
+from taut.pack import check_precision, load
 from taut.plan import check, propose
 from taut.processes import is_main, once
 from taut.recipe import Recipe
-from taut.recoding import Chain, Recoding, chains, core
-from taut.recover import Recover, recover
-from taut.reshaping import Reshaping, check_order
 from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
 from taut.trace import Trace, trace
+from taut.trial import Ground, Trial, apply_step, fingerprint
 from taut.tune import run_chosen
-from taut.types import Candidate, Direction, EpochRecord, LeftAlone, Measurement, frontier
+from taut.types import Candidate, Direction, EpochRecord, Measurement
 from taut.watch import Watch, logged
 
 _log = logging.getLogger("taut")
@@ -74,9 +68,9 @@ class Result:
         return self.candidate.measurement
 
     @property
-    def frontier(self) -> list[Candidate]:
+    def frontier(self) -> Frontier:
         """The candidates that no other beats on bytes, latency and score at once."""
-        return frontier(self.candidates, self.better)
+        return Frontier.of(self.candidates, self.original, self.better)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -146,27 +140,7 @@ def apply(
     technique is predicted to make larger is left as it is, and the log says so. traced: of the
     original network, needed where the model carries forms already.
     """
-    return _apply(model, technique, task, traced)[0]
-
-
-def _apply(
-    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None
-) -> tuple[nn.Module, list[LeftAlone]]:
-    """What `apply` does. Returns the sites that were left alone, too."""
-    step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
-    if not isinstance(step, Technique):
-        raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
-    if traced is None and any(isinstance(m, Chain) for m in model.modules()):
-        raise RecipeError(
-            f"apply: the network carries forms already, so {step.name} needs the trace of the "
-            "original: traced = taut.trace(original, task.example()), taken before the first apply"
-        )
-    check_order(step, model)
-    traced = traced or trace(model, task.example())
-    statistics = Statistics(model, task.calibration_loss(), traced)
-    if isinstance(step, Reshaping):
-        return step.reshape(model, traced, statistics), []
-    return model, apply_where_smaller(model, step, step.sites(traced), statistics)
+    return apply_step(model, technique, task, traced)[0]
 
 
 def _aim(wanted: str | Recipe | Goal | Sequence[Step], task: Task) -> Recipe | Goal:
@@ -186,7 +160,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.task, self.aim = model, task, aim
         self.watch = watch if is_main() else Watch()
-        asked = {**asked, "weights": _fingerprint(model)}
+        asked = {**asked, "weights": fingerprint(model)}
         digest = xxhash.xxh3_64_hexdigest(json.dumps(asked, sort_keys=True).encode())
         self.folder = Path(folder) if folder else Path("runs") / f"{task.name}-{digest[:8]}"
         self.asked = asked
@@ -201,6 +175,10 @@ class _Run:
         }
         self.record = once(lambda: self._opened(asked, fresh))
         self.trace = trace(model, task.example())
+        self.ground = Ground(
+            model=model, task=task, trace=self.trace, folder=self.folder, seed=asked["seed"],
+            precision=asked["precision"], watch=self.watch, engine=asked.get("engine"),
+        )  # fmt: skip
         if isinstance(aim, Recipe):
             check(aim, self.trace)  # refuse now what would be refused after hours of training
         loss = task.calibration_loss() if isinstance(aim, Goal) else None
@@ -238,20 +216,12 @@ class _Run:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "run.json", text.encode())
 
-    def timed(self, net: nn.Module, found: Measurement) -> Measurement:
-        """The measurement, with latencies of the engine that was asked for."""
-        if (engine := self.asked.get("engine")) is None:
-            return found
-        return replace(found, latencies=latencies(net, self.task, engine, BATCHES))
-
-    def say(self, text: str) -> None:
-        _log.info(text)
-        self.watch.say(text)
-
     def go(self) -> Result:
         original = Measurement.from_json(once(self._original))
         if self.task.chooses_by == "test" and self.record["status"] != "done":
-            self.say("the test data choose the best epoch; a validation() keeps the score honest")
+            self.ground.say(
+                "the test data choose the best epoch; a validation() keeps the score honest"
+            )
         tried: list[Candidate] = []
         histories: list[list[EpochRecord]] = []
         while (recipe := once(lambda: self._next(original, tried))) is not None:
@@ -263,9 +233,9 @@ class _Run:
 
     def _original(self) -> dict[str, Any]:
         if "original" not in self.record:
-            self.say(f"measuring the original {type(self.model).__name__}")
+            self.ground.say(f"measuring the original {type(self.model).__name__}")
             measured = measure(self.model, self.task, self.trace)
-            self.record["original"] = self.timed(self.model, measured).to_json()
+            self.record["original"] = self.ground.timed(self.model, measured).to_json()
             self.save()
         found: dict[str, Any] = self.record["original"]
         return found
@@ -298,8 +268,8 @@ class _Run:
         if data is not None:
             history = [EpochRecord(**r) for r in data["history"]]
             return self._candidate(data["candidate"], number), history
-        self.say(f"trial {number}: {recipe}")
-        trial = _Trial(self, recipe, folder)
+        self.ground.say(f"trial {number}: {recipe}")
+        trial = Trial(self.ground, recipe, folder)
         candidate = trial.go()
         if is_main():
             data = {"candidate": candidate.to_json(), "history": [vars(r) for r in trial.history]}
@@ -350,7 +320,7 @@ class _Run:
         """Latencies of the original and of the chosen network, taken in turn: a fair ratio."""
         if "engine" in self.asked:
             return original, best
-        self.say("timing the original and the result in turn")
+        self.ground.say("timing the original and the result in turn")
         before, after = [], []
         for batch in BATCHES:
             example = self.task.example(batch)
@@ -359,142 +329,3 @@ class _Run:
             after.append(latency(packed, example, batch))
         measurement = replace(best.measurement, latencies=tuple(after))
         return replace(original, latencies=tuple(before)), replace(best, measurement=measurement)
-
-
-class _Trial:
-    """One recipe, step by step, with a checkpoint after each step and each epoch."""
-
-    def __init__(self, run: _Run, recipe: Recipe, folder: Path) -> None:
-        self.run, self.recipe, self.folder = run, recipe, folder
-        self.trace, self.task = run.trace, run.task
-        self.model = clone(run.model)
-        self.device = processes.state().device
-        self.model.to(self.device)
-        self.history: list[EpochRecord] = []
-        self.left: list[LeftAlone] = []
-        self.step = 0
-        self.recovering: dict[str, Any] | None = None
-        self._resume()
-
-    def go(self) -> Candidate:
-        for index in range(self.step, len(self.recipe.steps)):
-            step = self.recipe.steps[index]
-            torch.manual_seed(self.run.asked["seed"] + index)
-            if isinstance(step, Recover):
-                self._recover(step)
-            elif isinstance(step, Technique):
-                self.run.say(f"{step}")
-                self.model, left = _apply(self.model, step, self.task, self.trace)
-                for grown in left:
-                    self.run.watch.say(f"{grown}")
-                self.left += left
-                if isinstance(step, Reshaping):
-                    self.trace = trace(self.model, self.task.example())
-            self.step = index + 1
-            self.recovering = None
-            self.save()
-        applied = {type(s): s for s in self.recipe.steps if isinstance(s, Technique)}
-        for technique in applied.values():
-            for line in technique.finish(self.model, self.trace):
-                self.run.say(line)
-        return once(self._measure)
-
-    def _recover(self, step: Recover) -> None:
-        self.run.say(f"{step}")
-
-        def on_epoch(record: EpochRecord, state: dict[str, Any]) -> None:
-            _log.info(
-                "epoch %d: loss %.4f, score %.4f, %.1f s",
-                record.epoch, record.loss, record.score, record.seconds,
-            )  # fmt: skip
-            self.run.watch.on_epoch(record)
-            self.recovering = state
-            self.save()
-
-        def on_batch(epoch: int, batch: int, batches: int) -> None:
-            self.run.watch.on_batch(epoch, step.epochs, batch, batches)
-
-        self.history += recover(
-            self.model, self.task, step, settings=self.recipe.settings(self.step),
-            teacher=clone(self.run.model), trace=self.trace, step=self.step,
-            resume=self.recovering, folder=self.run.folder, on_epoch=on_epoch, on_batch=on_batch,
-        )  # fmt: skip
-
-    def _measure(self) -> Candidate:
-        """Pack, read the file back into a copy of the original, and measure that."""
-        path = self.folder / "net.taut"
-        size = pack(self.model, path, self.run.asked["precision"])
-        packed = load(path, clone(self.run.model))
-        measurement = measure(packed, self.task, self.trace, size_bytes=size)
-        measurement = self.run.timed(packed, measurement)
-        self.run.say(f"{size:,} bytes, score {measurement.score:.4f}")
-        trained = sum(s.epochs for s in self.recipe.steps if isinstance(s, Recover))
-        return Candidate(
-            recipe=str(self.recipe), measurement=measurement, path=str(path), epochs=trained,
-            left=tuple(self.left),
-        )  # fmt: skip
-
-    def save(self) -> None:
-        """The checkpoint: which forms the sites carry, and every tensor."""
-        if not is_main():
-            return
-        state = {
-            "step": self.step,
-            "edits": edits.to_json(edits.of(self.model)),
-            "forms": {
-                site.name: [str(t) for t in links.recipe]
-                for site, links in chains(self.model, self.trace.places)
-            },
-            "inputs": {path: form.recipe for path, form in input_forms(self.model)},
-            "model": self.model.state_dict(),
-            "recover": self.recovering,
-            "history": [vars(r) for r in self.history],
-            "left": [vars(g) for g in self.left],
-        }
-        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def _saved(self) -> dict[str, Any] | None:
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # whatever a damaged pickle makes of itself
-            raise unreadable(path, error) from error
-        return state
-
-    def _resume(self) -> None:
-        state = once(self._saved)
-        if state is None:
-            return
-        if state["edits"]:
-            self.model = edits.replay(self.model, edits.from_json(state["edits"]))
-            self.model.to(self.device)
-            self.trace = trace(self.model, self.task.example())
-        with torch.no_grad():
-            for name, texts in state["forms"].items():
-                site = self.trace.site(name)
-                for text in texts:
-                    technique = Recipe.parse(text).steps[0]
-                    assert isinstance(technique, Recoding)
-                    form, blank = technique.blank(core(self.model, site).detach())
-                    technique.place(self.model, site, form, blank)
-            for path, text in state["inputs"].items():
-                technique = Recipe.parse(text).steps[0]
-                assert isinstance(technique, Recoding)
-                given = technique.blank_input(self.model, self.trace.site(f"{path}.weight"))
-                assert given is not None
-                place_input(self.model, path, given, text)
-        self.model.load_state_dict(state["model"])
-        self.step, self.recovering = state["step"], state["recover"]
-        self.history = [EpochRecord(**r) for r in state["history"]]
-        self.left = [LeftAlone(**g) for g in state.get("left", ())]
-        self.run.say(f"going on after step {self.step} of {len(self.recipe.steps)}")
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = xxhash.xxh3_64()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

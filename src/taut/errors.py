@@ -10,6 +10,7 @@ Who catches TautError catches them all:
     ├── TrainingError    the loss is no longer a number
     ├── FormatError      a .taut file is damaged, hostile or of another model
     ├── DataError        a data set is not to be had, or is not the one expected
+    ├── SearchError      a search is asked for what cannot be searched
     ├── RunError         a run folder cannot be written or belongs to another run
     ├── ExportError      an engine is missing, lacks an operation, or does not give the same answers
     └── ZooError         the zoo has no such network, or a network no such option or input
@@ -57,6 +58,10 @@ class RunError(TautError):
 
 class ExportError(TautError):
     """An engine is missing, lacks an operation, or does not give the same answers."""
+
+
+class SearchError(TautError, ValueError):
+    """A search is asked for what cannot be searched."""
 
 
 class ZooError(TautError, ValueError):

@@ -23,6 +23,7 @@ _UNITS = {
     "macs": {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9},
     "score": {"": 1.0},
 }
+AXES = tuple(_UNITS)
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
 _BOUND = re.compile(rf"\s*(\w+)\s*(<=|>=|==|<|>|=)\s*({_NUMBER})\s*(\S*)\s*")
 

@@ -25,36 +25,7 @@ const scoreAxis = (more = {}) => axis(data.better === "lower" ? "score (lower is
   ticksuffix: percent > 1 ? " %" : "", autorange: data.better === "lower" ? "reversed" : true, ...more,
 });
 
-// Candidates: score against a cost. `of` reads the cost, `spread` its error bar.
-function candidates(original, of, spread, bound, x) {
-  const all = data.candidates.filter((c) => of(c) !== null && c.score !== null);
-  const points = {
-    type: "scatter", mode: "markers+text", x: all.map(of), y: all.map((c) => percent * c.score),
-    error_x: spread && {symmetric: false, array: all.map(spread), arrayminus: all.map((c) => Math.min(spread(c), of(c))), color: tone("before"), thickness: 1, width: 3},
-    text: all.map((c) => `   ${c.number}`), textposition: "middle right", textfont: {color: tone("ink")},
-    hovertext: all.map((c) => c.recipe.replaceAll("<", "&lt;").replaceAll(" > ", " ><br>")),
-    hovertemplate: `%{x:,} ${x.unit}, %{y:.4~f}<br>%{hovertext}<extra></extra>`,
-    marker: {size: 10, color: all.map((c) => c.on_frontier ? tone("after") : tone("paper")),
-      line: {width: 2, color: tone("after")}},
-  };
-  const ring = {
-    type: "scatter", mode: "markers", hoverinfo: "skip", x: all.filter((c) => c.chosen).map(of),
-    y: all.filter((c) => c.chosen).map((c) => percent * c.score),
-    marker: {size: 19, color: clear, line: {width: 1.5, color: tone("ink")}},
-  };
-  const before = {
-    type: "scatter", mode: "markers", x: [original], y: [percent * data.score_before],
-    marker: {size: 11, symbol: "diamond", color: tone("before")},
-    hovertemplate: `original: %{x:,} ${x.unit}, %{y:.4~f}<extra></extra>`,
-  };
-  const line = {type: "line", line: {color: tone("soft"), width: 1, dash: "dash"}};
-  const shapes = data.bounds.flatMap((b) =>
-    b.axis === bound ? [{...line, x0: b.limit, x1: b.limit, yref: "paper", y0: 0, y1: 1}]
-    : b.axis === "score" ? [{...line, xref: "paper", x0: 0, x1: 1, y0: percent * b.limit, y1: percent * b.limit}]
-    : []);
-  const traces = original === null ? [points, ring] : [before, points, ring];
-  return [traces, layout({shapes, xaxis: axis(x.title, x.axis), yaxis: scoreAxis()})];
-}
+// FRONTIER
 
 function shortened(name, element) {
   const most = element.clientWidth < 500 ? 16 : 40;
@@ -165,9 +136,12 @@ function curve(values, yaxis) {
 
 const timed = data.rows.find((r) => r.unit === "ms");
 const bytesAxis = {title: "bytes", unit: "bytes", axis: {type: "log", tickformat: "~s", dtick: "D2"}};
+const macs = data.rows.find((r) => r.label === "Effective MACs");
+const macsAxis = {title: "effective MACs", unit: "MACs", axis: {type: "log", tickformat: "~s", dtick: "D2"}};
 const timeAxis = {title: "latency, ms", unit: "ms", axis: {rangemode: "tozero"}};
 const plots = {
   "size-score": () => candidates(data.before_bytes, (c) => c.size_bytes, null, "bytes", bytesAxis),
+  "macs-score": () => candidates(macs ? macs.before : null, (c) => c.macs, null, "macs", macsAxis),
   "latency-score": () => candidates(timed ? timed.before : null, (c) => c.latency_ms, (c) => c.latency_iqr_ms, "latency", timeAxis),
   parts, turned,
   loss: () => curve(data.epochs.map((e) => e.loss), axis("", {rangemode: "tozero"})),

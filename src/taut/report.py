@@ -35,26 +35,37 @@ def write_report(result: Result, original_model: nn.Module, path: str | Path | N
 
 def render(data: ReportData) -> str:
     """The report as HTML. Nothing in it is fetched; all text of the run is escaped."""
+    return drawn("report.html", data, percent=data.score_is_fraction)
+
+
+def drawn(template: str, data: Any, *, percent: bool) -> str:
+    """A page from a template beside this file, with the data, the style and the plots inside.
+
+    percent: whether scores are told in per cent.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-
     environment.filters.update(
-        amount=partial(format_amount, percent=data.score_is_fraction),
-        changed=partial(format_change, percent=data.score_is_fraction),
+        amount=partial(format_amount, percent=percent),
+        changed=partial(format_change, percent=percent),
         significant=significant,
         plural=plural,
     )
-    page, style, script = (
-        Path(__file__).with_suffix(f".{kind}").read_text("utf-8") for kind in ("html", "css", "js")
-    )
-    return environment.from_string(page).render(
+    here = Path(__file__)
+    return environment.from_string(here.with_name(template).read_text("utf-8")).render(
         data=data,
-        style=style,
-        script=script,
+        style=here.with_suffix(".css").read_text("utf-8"),
+        script=with_frontier(here.with_suffix(".js").read_text("utf-8")),
         numbers=htmlsafe_json_dumps(_finite(asdict(data)), allow_nan=False),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
+
+
+def with_frontier(script: str) -> str:
+    """A page's script with the picture of the candidates, which pages share, in its place."""
+    shared = Path(__file__).with_name("frontier.js").read_text("utf-8")
+    return script.replace("// FRONTIER\n", shared)
 
 
 def _finite(value: Any) -> Any:

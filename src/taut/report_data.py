@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from taut.angles import RowAngles, angles
 from taut.compress import Result
 from taut.errors import RunError
+from taut.frontier_data import CandidateRow, Curve, candidate_rows, curves
 from taut.goal import value_of
 from taut.layers import Packed
 from taut.modules import owner, tensor_at, tensor_or_none
@@ -68,22 +69,6 @@ class BoundRow:
     before: float
     reached: float
     holds: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateRow:
-    """One recipe that was tried. latency: at the smallest batch measured."""
-
-    number: int
-    recipe: str
-    epochs: float
-    score: float
-    size_bytes: int
-    latency_ms: float | None
-    latency_iqr_ms: float | None
-    on_frontier: bool
-    chosen: bool
-    meets_goal: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +167,8 @@ class ReportData:
     goal: str | None
     bounds: tuple[BoundRow, ...]
     candidates: tuple[CandidateRow, ...]
+    tried: int
+    curves: tuple[Curve, ...]
     tensors: tuple[TensorRow, ...]
     layers: tuple[LayersAt, ...]
     weights: tuple[SiteWeights, ...]
@@ -223,6 +210,9 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
             "measured; it was replaced since, run compress with fresh=True (--fresh)"
         )
     better = result.better
+    candidates = candidate_rows(
+        result.candidates, result.frontier, result.original, better, result.goal, result.candidate
+    )
     recipe = Recipe.parse(result.candidate.recipe)
     scores = [original.score, *(c.measurement.score for c in result.candidates)]
     return ReportData(
@@ -234,7 +224,7 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
         rows=_rows(original, reached, better),
         goal=str(result.goal) if result.goal else None,
         bounds=_bounds(result),
-        candidates=_candidates(result),
+        candidates=candidates, tried=len(result.candidates), curves=curves(candidates, better),
         tensors=tuple(
             _tensor(t, original_model, result.candidate.left) for t in summary.tensors
         ),
@@ -308,21 +298,6 @@ def _bounds(result: Result) -> tuple[BoundRow, ...]:
             before=value_of(v.bound.axis, result.original), reached=v.reached, holds=v.holds,
         )
         for v in result.verdicts
-    )  # fmt: skip
-
-
-def _candidates(result: Result) -> tuple[CandidateRow, ...]:
-    unbeaten = result.frontier
-    return tuple(
-        CandidateRow(
-            number=i + 1, recipe=c.recipe, epochs=c.epochs, score=got.score,
-            size_bytes=got.size_bytes, latency_ms=latency.median_ms if latency else None,
-            latency_iqr_ms=latency.iqr_ms if latency else None,
-            on_frontier=c in unbeaten, chosen=c is result.candidate,
-            meets_goal=result.goal.met(got, result.original) if result.goal else None,
-        )
-        for i, c in enumerate(result.candidates)
-        for got, latency in [(c.measurement, c.measurement.latency())]
     )  # fmt: skip
 
 
@@ -430,6 +405,8 @@ def _phases(history: Sequence[EpochRecord], recipe: Recipe) -> tuple[Phase, ...]
 
 def _command(record: Mapping[str, Any], option: str) -> str:
     """The command line that asks for the same again."""
+    if "command" in record:
+        return str(record["command"])
     source, asked = shlex.quote(record.get("source") or "task.py"), shlex.quote(record["asked"])
     words = ["taut", "compress", source, f"--{option}", asked]
     for name, default in (("seed", 0), ("precision", "auto"), ("epochs", 12), ("trials", 5)):

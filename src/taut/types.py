@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 Kind = Literal["linear", "conv", "embedding", "lstm", "gru", "rnn", "attention", "vector"]
 Direction = Literal["higher", "lower"]
 
@@ -162,17 +164,23 @@ def frontier(candidates: Iterable[Candidate], better: Direction) -> list[Candida
     noisy. What was not measured beats nothing.
     """
 
-    def axes(c: Candidate) -> tuple[float, float, float]:
-        latency = c.measurement.latency()
-        worse = -c.measurement.score if better == "higher" else c.measurement.score
-        worse = math.inf if math.isnan(worse) else worse
-        return c.measurement.size_bytes, latency.median_ms if latency else math.inf, worse
-
-    def beats(a: Candidate, b: Candidate) -> bool:
-        (size_a, ms_a, worse_a), (size_b, ms_b, worse_b) = axes(a), axes(b)
-        no_worse = size_a <= size_b and ms_a <= 1.1 * ms_b and worse_a <= worse_b
-        return no_worse and (size_a < size_b or worse_a < worse_b or 1.1 * ms_a < ms_b)
-
     everyone = list(candidates)
-    kept = [c for c in everyone if not any(beats(o, c) for o in everyone)]
-    return sorted(kept, key=axes)
+    if not everyone:
+        return []
+    axes = [_axes(c, better) for c in everyone]
+    sizes, times, worse = np.array(axes).T
+
+    def beaten(i: int) -> bool:
+        no_worse = (sizes <= sizes[i]) & (times <= 1.1 * times[i]) & (worse <= worse[i])
+        ahead = (sizes < sizes[i]) | (worse < worse[i]) | (1.1 * times < times[i])
+        return bool((no_worse & ahead).any())
+
+    kept = [i for i in range(len(everyone)) if not beaten(i)]
+    return [everyone[i] for i in sorted(kept, key=axes.__getitem__)]
+
+
+def _axes(c: Candidate, better: Direction) -> tuple[float, float, float]:
+    latency = c.measurement.latency()
+    worse = -c.measurement.score if better == "higher" else c.measurement.score
+    worse = math.inf if math.isnan(worse) else worse
+    return c.measurement.size_bytes, latency.median_ms if latency else math.inf, worse

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taut.processes import is_main
-from taut.types import EpochRecord
+from taut.types import Candidate, EpochRecord
 
 _log = logging.getLogger("taut")
 
@@ -27,6 +27,9 @@ class Watch:
 
     def on_epoch(self, record: EpochRecord) -> None:
         """An epoch of a recovery is done."""
+
+    def on_trial(self, candidate: Candidate | None, done: int, trials: int) -> None:
+        """A trial of a search is done; None where it came to nothing."""
 
 
 class _Shown(logging.Handler):

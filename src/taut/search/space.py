@@ -1,0 +1,302 @@
+"""What a search may try: recipes by a small grammar, strengths as techniques' options give them.
+
+    recipe   = [reshape > [recover >]] recode [> [recover >] recode] > recover
+    strength = the first bounded number among a technique's options that its predicted bytes follow
+
+A number with lowest and highest value a, b and default d is searched where it makes a difference:
+
+    whole numbers            a ... b
+    a > 0, b/a > 100         evenly in log x
+    else, u = (x-a)/(b-a)    evenly in log(u/(1-u)), up to 3 around the default's
+
+so that sparsities crowd near 1 and shares near 0. A technique without such a number is searched by
+its first choice of words; one whose forms tell what they take in the file, by the `aim` that steers
+it. No technique is known here by name: one that registers itself is searched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_type_hints
+
+import torch
+
+from taut.aim import Aim
+from taut.errors import TautError
+from taut.recipe import Recipe
+from taut.recoding import Form, Recoding
+from taut.recover import Recover
+from taut.reshaping import Reshaping
+from taut.technique import Setting, Step, Technique, matches, techniques
+from taut.types import Site
+
+Scale = Literal["whole", "log", "logit", "words"]
+NOTHING = "nothing"
+_MOST_WORDS = 8  # choices among more than these are no strength but a catalogue
+_AROUND = 3.0  # logits on either side of the default
+_EDGE = 0.005  # how near to the end of a range a share may come
+_AIMS = (0.002, 0.4)  # the file's bytes, as shares of the original's
+
+
+class Suggests(Protocol):
+    """What chooses values: an Optuna trial, or a fixed assignment."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One option that a search turns. low, high: of what is sampled, in the scale's own terms.
+
+    start, width: where logits stand for x = start + width / (1 + exp(-logit)).
+    """
+
+    step: str
+    option: str
+    scale: Scale
+    low: float = 0.0
+    high: float = 0.0
+    start: float = 0.0
+    width: float = 1.0
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the study calls it, like `prune_weights.sparsity (logit)`."""
+        return f"{self.step}.{self.option}" + (" (logit)" if self.scale == "logit" else "")
+
+    def suggest(self, trial: Suggests) -> Any:
+        """A value for the option."""
+        if self.scale == "words":
+            return trial.suggest_categorical(self.name, self.words)
+        if self.scale == "whole":
+            many = self.low > 0 and self.high / self.low > 100
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=many)
+        return self.value(
+            trial.suggest_float(self.name, self.low, self.high, log=self.scale == "log")
+        )
+
+    def value(self, sampled: float) -> float:
+        """What the option gets for a sample, rounded to what a recipe can be read by.
+
+        >>> Knob(step="", option="", scale="logit", low=-1, high=5).value(2.2)
+        0.9002
+        """
+        if self.scale != "logit":
+            return sampled if isinstance(sampled, int) else _rounded(sampled)
+        share = 1 / (1 + math.exp(-sampled))
+        share = _rounded(share) if share < 0.5 else 1 - _rounded(1 - share)
+        return round(self.start + self.width * share, 9)
+
+    def spread(self, count: int) -> list[Any]:
+        """Samples from end to end, `count` at most."""
+        if self.scale == "words":
+            return list(self.words[:count])
+        if count == 1:
+            middle = math.sqrt(self.low * self.high) if self._log else (self.low + self.high) / 2
+            return [round(middle) if self.scale == "whole" else middle]
+        low, high = (math.log(v) if self._log else v for v in (self.low, self.high))
+        found = [low + (high - low) * i / (count - 1) for i in range(count)]
+        found = [min(max(math.exp(v), self.low), self.high) if self._log else v for v in found]
+        return sorted({round(v) for v in found}) if self.scale == "whole" else found
+
+    @property
+    def _log(self) -> bool:
+        return self.scale == "log" or (
+            self.scale == "whole" and self.low > 0 and self.high / self.low > 100
+        )
+
+
+def strength(cls: type[Step], site: Site | None = None) -> Knob | None:
+    """The option that says how strongly a technique works; None where it has none.
+
+    site: of the network, on which the prediction is asked. See the module.
+    """
+    hints = get_type_hints(cls)
+    numbers = [
+        f for f in cls.options()
+        if hints[f.name] in (int, float) and f.metadata["low"] is not None
+        and (f.metadata["high"] is not None or f.metadata["below"] is not None)
+    ]  # fmt: skip
+    moving = [f for f in numbers if site is not None and _moves(cls, f.name, site)]
+    for f in moving or numbers:
+        knob = _number(cls.name, f.name, f.metadata, f.default, whole=hints[f.name] is int)
+        return _taken(cls, knob) if knob.scale == "whole" else knob
+    for f in cls.options():
+        if 1 < len(f.metadata["choices"]) <= _MOST_WORDS:
+            return Knob(step=cls.name, option=f.name, scale="words", words=f.metadata["choices"])
+    return None
+
+
+def _number(step: str, option: str, rule: Mapping[str, Any], default: Any, whole: bool) -> Knob:
+    low = rule["low"]
+    high = rule["high"] if rule["high"] is not None else rule["below"]
+    if whole:
+        high = high if rule["high"] is not None else high - 1
+        return Knob(step=step, option=option, scale="whole", low=low, high=high)
+    if low > 0 and high / low > 100:
+        high = high if rule["high"] is not None else high - _EDGE * (high - low)
+        return Knob(step=step, option=option, scale="log", low=low, high=high)
+    share = min(max((default - low) / (high - low), _EDGE), 1 - _EDGE)
+    edge, middle = math.log((1 - _EDGE) / _EDGE), math.log(share / (1 - share))
+    return Knob(
+        step=step, option=option, scale="logit", low=max(middle - _AROUND, -edge),
+        high=min(middle + _AROUND, edge), start=low, width=high - low,
+    )  # fmt: skip
+
+
+def _taken(cls: type[Step], knob: Knob) -> Knob:
+    """The whole numbers that the technique takes while its other options are the defaults."""
+
+    def fine(value: int) -> bool:
+        try:
+            cls(**{knob.option: value})
+        except TautError:
+            return False
+        return True
+
+    taken = [
+        v for v in range(int(knob.low), min(int(knob.high), int(knob.low) + 64) + 1) if fine(v)
+    ]
+    if not taken or knob.high - knob.low > 64:
+        return knob
+    return replace(knob, low=taken[0], high=taken[-1])
+
+
+def _moves(cls: type[Step], option: str, site: Site) -> bool:
+    """Whether the predicted bytes of a site follow an option."""
+    rule = next(f for f in cls.options() if f.name == option)
+    knob = _number("", "", rule.metadata, rule.default, whole=type(rule.default) is int)
+    found = set()
+    for sample in knob.spread(5):
+        try:
+            made = cls(**{option: knob.value(sample)})
+            if isinstance(made, Recoding):
+                made.check(site, site.shape, masked=False)
+            if isinstance(made, Technique):
+                found.add(made.predict(site).size_bytes)
+        except TautError:  # not every number of a range goes with the other options
+            continue
+    return len(found) > 1
+
+
+def tells_its_bytes(technique: Technique, shape: tuple[int, ...]) -> bool:
+    """Whether training can steer what the technique takes in the file."""
+    if not isinstance(technique, Recoding):
+        return False
+    form, _ = technique.blank(torch.zeros(()).expand(shape))
+    return type(form).rate is not Form.rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What may be tried. shapes: recipes by the names of their techniques, in two parts.
+
+    reshape: one name or `nothing`; recode: one or two joined by ` > `, or `nothing`. knobs: by
+    technique; aims: the techniques that an aim steers; settings: those that every recipe starts by.
+    flat: whether every knob is always turned, as some samplers need it.
+    """
+
+    reshape: tuple[str, ...]
+    recode: tuple[str, ...]
+    knobs: Mapping[str, Knob]
+    aims: frozenset[str]
+    aim: Knob
+    settings: tuple[Setting, ...] = ()
+    flat: bool = False
+
+    def suggest(self, trial: Suggests, epochs: int) -> Recipe:
+        """The next recipe, of so many epochs in all. Raises TautError for a wrong mix."""
+        reshape = trial.suggest_categorical("reshape", self.reshape)
+        recode = trial.suggest_categorical("recode", self.recode)
+        names = [n for n in (reshape, *recode.split(" > ")) if n != NOTHING]
+        turned = list(self.knobs) if self.flat else names
+        values = {n: self.knobs[n].suggest(trial) for n in turned if n in self.knobs}
+        aimed = bool(self.aims.intersection(names))
+        aim = int(self.aim.suggest(trial)) if aimed or (self.flat and self.aims) else 0
+        return self.recipe(names, values, aim if aimed else 0, epochs)
+
+    def recipe(
+        self, names: Sequence[str], values: Mapping[str, Any], aim: int, epochs: int
+    ) -> Recipe:
+        """The techniques in order, a third of the training before the last of several."""
+        known = techniques()
+        steps: list[Step] = list(self.settings)
+        before = epochs // 3 if len(names) > 1 else 0
+        for i, name in enumerate(names):
+            if before and i == len(names) - 1:
+                steps.append(Recover(epochs=before))
+            knob = self.knobs.get(name)
+            steps.append(known[name](**({knob.option: values[name]} if knob else {})))
+        if aim:
+            steps.append(Aim(size_bytes=aim))
+        return Recipe((*steps, Recover(epochs=epochs - before)))
+
+    def grid(self, count: int) -> Iterator[dict[str, Any]]:
+        """Every mix with `count` values of each strength at most, as a study's parameters."""
+        for reshape, recode in itertools.product(self.reshape, self.recode):
+            names = [n for n in (reshape, *recode.split(" > ")) if n != NOTHING]
+            knobs = [self.knobs[n] for n in names if n in self.knobs]
+            if self.aims.intersection(names):
+                knobs.append(self.aim)
+            for values in itertools.product(*(k.spread(count) for k in knobs)):
+                named = {k.name: v for k, v in zip(knobs, values, strict=True)}
+                if names:
+                    yield {"reshape": reshape, "recode": recode, **named}
+
+
+class Fixed:
+    """Suggests what it was given, for looking at a mix without a study."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> Any:
+        return self.values[name]
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return float(self.values[name])
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self.values[name])
+
+
+def chosen(only: str) -> dict[str, type[Technique]]:
+    """The registered techniques that a text of patterns names, as in `*, !student`."""
+    return {n: c for n, c in techniques().items() if matches(only, (n,))}
+
+
+def knobs_of(
+    named: Iterable[type[Technique]], site: Site
+) -> tuple[dict[str, Knob], frozenset[str]]:
+    """The strength of each technique that has one, and which of them an aim steers."""
+    knobs: dict[str, Knob] = {}
+    aims = set()
+    for cls in named:
+        try:
+            steered = tells_its_bytes(cls(), site.shape)
+        except TautError:
+            steered = False
+        if steered:
+            aims.add(cls.name)
+        elif (knob := strength(cls, site)) is not None and issubclass(cls, Recoding | Reshaping):
+            knobs[cls.name] = knob
+    return knobs, frozenset(aims)
+
+
+def aim_knob(original_bytes: int, bound: float = math.inf) -> Knob:
+    """What files may be aimed at: between shares of the original's bytes, and within a bound."""
+    low, high = (max(1, round(share * original_bytes)) for share in _AIMS)
+    high = max(2, min(high, math.floor(0.97 * bound) if math.isfinite(bound) else high))
+    low = min(low, max(1, high // 4))
+    return Knob(step="aim", option="size_bytes", scale="log", low=low, high=high)
+
+
+def _rounded(value: float) -> float:
+    """To three digits."""
+    return float(f"{value:.3g}")

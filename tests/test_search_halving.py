@@ -1,0 +1,81 @@
+"""Tournaments: who trains on, by rank and by room."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taut.search.halving import (
+    brackets,
+    crowding,
+    hypervolume,
+    non_dominated_ranks,
+    ranked,
+    rungs,
+    survivors,
+)
+
+POINTS = st.lists(st.tuples(*[st.integers(0, 9).map(float)] * 2), min_size=1, max_size=30)
+
+
+def dominates(a, b):
+    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+@given(POINTS)
+def test_ranks_are_those_of_peeling(points):
+    ranks = non_dominated_ranks(np.array(points))
+    for i, p in enumerate(points):
+        above = [ranks[j] for j, q in enumerate(points) if dominates(q, p)]
+        assert ranks[i] == max(above, default=-1) + 1
+
+
+@given(POINTS)
+def test_no_point_goes_before_one_that_dominates_it(points):
+    order = ranked(points)
+    assert sorted(order) == list(range(len(points)))
+    for first, second in itertools.combinations(order, 2):
+        assert not dominates(points[second], points[first])
+
+
+def test_the_ends_and_the_lonely_go_first():
+    line = [(0.0, 10.0), (1.0, 9.0), (2.0, 8.0), (6.0, 4.0), (10.0, 0.0)]
+    assert ranked(line)[:3] == [0, 4, 3]
+    assert list(crowding(np.array(line))[[0, 4]]) == [math.inf, math.inf]
+    assert ranked([]) == []
+
+
+def test_what_failed_comes_last():
+    assert ranked([(math.inf, math.inf), (2.0, 2.0), (1.0, 3.0)])[-1] == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 9, 10, 27, 80])
+def test_rungs_rise_to_all_epochs(epochs):
+    steps = rungs(epochs)
+    assert steps[-1] == epochs
+    assert steps[0] >= 1
+    assert all(a < b for a, b in itertools.pairwise(steps))
+
+
+def test_halving_takes_a_third_of_the_epochs_or_less():
+    steps, (count, start) = rungs(9), next(brackets("halving", 9))
+    alive, spent, before = count, 0, 0
+    for rung in range(start, len(steps)):
+        spent += alive * (steps[rung] - before)
+        alive, before = survivors(count, rung + 1), steps[rung]
+    assert spent <= count * 9 / 3
+
+
+def test_hyperband_hedges():
+    made = list(itertools.islice(brackets("hyperband", 9), 3))
+    assert [start for _, start in made] == [0, 1, 2]
+    assert [n for n, _ in made] == [9, 5, 3]
+
+
+@given(POINTS)
+def test_the_hypervolume_is_the_area_that_is_dominated(points):
+    cells = sum(any(p[0] <= x and p[1] <= y for p in points) for x in range(10) for y in range(10))
+    assert hypervolume(points, (10, 10)) == cells

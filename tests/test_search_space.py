@@ -1,0 +1,173 @@
+"""What a search may try is read from the techniques, also from one that nobody knows."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from conftest import digits_task, small_net
+
+import taut
+from taut.errors import SearchError
+from taut.goal import Goal
+from taut.measure import measure
+from taut.recipe import Recipe
+from taut.reshaping import Reshaping
+from taut.search.outlook import Outlook
+from taut.search.space import Fixed, Knob, aim_knob, strength
+from taut.technique import STEPS, register_step, techniques
+from taut.techniques import ShareValues
+from taut.types import Measurement, Site
+
+SITE = Site(name="fc.weight", kind="linear", shape=(64, 32), macs=2048)
+
+
+def made(goal="bytes<=15%", **options):
+    net, task = small_net().eval(), digits_task()
+    traced = taut.trace(net, task.example())
+    original = measure(net, task, traced, seconds=0.01, score=0.9)
+    return Outlook(net, task, traced, original, Goal.parse(goal)), options
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "scale"),
+    [
+        ("prune_weights", "sparsity", "logit"),
+        ("share_values", "bits", "whole"),
+        ("quantize", "bits", "whole"),
+        ("hash_weights", "ratio", "logit"),
+        ("factor_weights", "ratio", "log"),  # energy comes first, but moves nothing
+        ("learned_levels", "bits", "whole"),
+        ("structured_matrix", "block", "whole"),
+        ("low_rank", "energy", "logit"),
+        ("prune_channels", "ratio", "logit"),
+        ("binarize", "weights", "words"),
+    ],
+)
+def test_the_strength_of_a_technique_is_found(name, option, scale):
+    knob = strength(techniques()[name], SITE)
+    assert knob is not None
+    assert (knob.option, knob.scale) == (option, scale)
+
+
+@pytest.mark.parametrize("name", ["student", "add_shortcuts", "fold_norms"])
+def test_what_has_no_strength_has_none(name):
+    assert strength(techniques()[name], SITE) is None
+
+
+@pytest.mark.parametrize("name", sorted(techniques()))
+def test_every_value_of_a_strength_makes_the_technique(name):
+    knob = strength(techniques()[name], SITE)
+    for sample in knob.spread(5) if knob else []:
+        value = sample if knob.scale == "words" else knob.value(sample)
+        assert getattr(techniques()[name](**{knob.option: value}), knob.option) == value
+
+
+def test_sparsities_crowd_near_one_and_shares_near_zero():
+    sparsity = strength(techniques()["prune_weights"], SITE)
+    values = [sparsity.value(s) for s in sparsity.spread(5)]
+    assert values == sorted(values)
+    assert values[-1] > 0.99
+    assert sum(v > 0.8 for v in values) >= 3
+    ratio = strength(techniques()["hash_weights"], SITE)
+    assert ratio.value(ratio.spread(5)[0]) < 0.01
+    assert Knob(step="", option="", scale="logit", low=-1, high=5).value(2.2) == 0.9002
+
+
+def test_a_spread_goes_from_end_to_end():
+    knob = Knob(step="a", option="b", scale="log", low=1.0, high=100.0)
+    assert knob.spread(3) == pytest.approx([1, 10, 100])
+    assert knob.spread(1) == pytest.approx([10])
+    assert Knob(step="a", option="b", scale="whole", low=1, high=8).spread(3) == [1, 4, 8]
+    assert Knob(step="a", option="b", scale="words", words=("x", "y")).spread(3) == ["x", "y"]
+
+
+def test_aims_stay_within_the_bound():
+    knob = aim_knob(100_000, bound=3000.0)
+    assert (knob.low, knob.high) == (200, 2910)
+    assert aim_knob(100_000).high == 40_000
+    assert aim_knob(100_000, bound=100.0).low < aim_knob(100_000, bound=100.0).high
+
+
+def test_the_space_has_what_works_here_and_says_what_does_not():
+    outlook, _ = made()
+    space = outlook.space("*, !student")
+    assert space.reshape[0] == "nothing"
+    assert {"low_rank", "prune_channels"} <= set(space.reshape)
+    assert {"prune_weights", "share_values", "code_length"} <= set(space.recode)
+    assert "prune_weights > share_values" in space.recode
+    assert "share_values > quantize" not in space.recode  # a table is no use to quantize
+    assert "code_length" in space.aims
+    assert "quantize > binarize" in {**outlook.refused, **dict.fromkeys(space.recode)} or all(
+        r != "quantize > binarize" for r in space.recode
+    )
+
+
+def test_a_recipe_is_made_of_what_was_suggested():
+    space = made()[0].space("prune_weights, share_values, code_length")
+    logit = space.knobs["prune_weights"].name
+    values = {"reshape": "nothing", "recode": "prune_weights > share_values",
+              logit: math.log(9), "share_values.bits": 4}  # fmt: skip
+    text = "prune_weights() > recover(epochs=2) > share_values(bits=4) > recover(epochs=4)"
+    assert str(space.suggest(Fixed(values), 6)) == text
+    assert "recover(epochs=2) > share" not in str(space.suggest(Fixed(values), 2))
+    coded = {"reshape": "nothing", "recode": "code_length", "aim.size_bytes": 1234.0}
+    assert str(space.suggest(Fixed(coded), 2)) == (
+        "code_length() > aim(size_bytes=1230) > recover(epochs=2)"
+    )
+
+
+def test_every_point_of_the_grid_is_a_recipe():
+    space = made()[0].space("prune_weights, share_values, code_length")
+    recipes = {str(space.suggest(Fixed(values), 3)) for values in space.grid(2)}
+    assert len(recipes) == len(list(space.grid(2))) >= 8
+    assert all(str(Recipe.parse(r)) == r for r in recipes)
+
+
+def test_predictions_rule_out_what_is_hopeless():
+    outlook, _ = made("bytes<=3%, macs<=50%")
+    weak = Recipe.parse("share_values(bits=8) > recover()")
+    excess = outlook.excess(weak)
+    assert excess["bytes"] > 1
+    assert "bytes predicted at" in outlook.rules_out(excess)
+    assert "macs predicted at" in outlook.rules_out(excess)
+    fits = outlook.excess(Recipe.parse("prune_weights(sparsity=0.98) > share_values(bits=3)"))
+    assert not outlook.rules_out(fits)
+    aimed = outlook.excess(Recipe.parse("code_length() > aim(size_bytes=500) > recover()"))
+    assert aimed["bytes"] == 0.0
+
+
+def test_reshaped_networks_are_predicted_as_reshaped():
+    outlook, _ = made()
+    whole = outlook.forecast(Recipe.parse("share_values(bits=4)"))
+    half = outlook.forecast(Recipe.parse("prune_channels(ratio=0.5) > share_values(bits=4)"))
+    assert half.size_bytes < 0.7 * whole.size_bytes
+    assert half.macs < 0.7 * whole.macs
+
+
+def test_patterns_that_name_nothing_are_refused():
+    with pytest.raises(SearchError, match=r"techniques='prune' names no technique; known: "):
+        made()[0].space("prune")
+    with pytest.raises(SearchError, match=r"none of the techniques 'fold_norms' has a strength"):
+        made()[0].space("fold_norms")
+
+
+def test_a_technique_of_an_outside_author_is_searched(monkeypatch):
+    monkeypatch.setattr("taut.technique.STEPS", STEPS)
+
+    @register_step
+    @dataclass(frozen=True, kw_only=True)
+    class ShareMore(ShareValues):
+        """The same by another name."""
+
+    try:
+        space = made()[0].space("share_more, prune_weights")
+        assert "share_more" in space.recode
+        assert "prune_weights > share_more" in space.recode
+        assert space.knobs["share_more"].option == "bits"
+    finally:
+        del STEPS["share_more"]
+
+
+def test_reshaping_is_a_kind_of_its_own():
+    assert issubclass(techniques()["low_rank"], Reshaping)
+    assert isinstance(made()[0].original, Measurement)
