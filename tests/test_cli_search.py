@@ -70,7 +70,8 @@ def test_the_sketch_puts_the_best_on_top(better):
     best = "0.9000" if better == "higher" else "0.2000"
     assert lines[0].startswith(f"{best} │")
     assert lines[0].count("●") == 1
-    assert lines[0].rstrip().endswith("●") == (better == "higher")
+    column = lines[0].index("●") - lines[0].index("│")
+    assert column == (board.width if better == "higher" else 1)
     assert sum(line.count("·") for line in lines) == 2
     assert "100 … 1,000 bytes" in lines[-1]
 

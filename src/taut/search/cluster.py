@@ -47,7 +47,7 @@ class Cluster(Pool):
                 _reach(address)
                 here = {"address": address} if address else {"include_dashboard": False}
                 ray.init(**here, log_to_driver=False)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises bare ones too
                 raise SearchError(
                     f"search: no Ray cluster answers at {address!r} ({error}); start one by "
                     "`ray start --head`, or give --ray '' for one on this machine"
