@@ -209,7 +209,9 @@ def packed_copy(model: nn.Module) -> nn.Module:
 
     It holds packed layers where the model has forms or is packed already.
     """
-    if any(isinstance(m, Packed) for m in model.modules()):
+    kinds = {type(m) for m in model.modules()}
+    recoded = Chain in kinds or any(True for _ in input_forms(model))
+    if not recoded or any(issubclass(k, Packed) for k in kinds):
         return clone(model).eval()
     state = packed_state(model, "float32")
     copied = plain_copy(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +31,11 @@ def write(job: Job, path: Path) -> None:
             f"aoti compiles C++, and there is no {compiler} here; install a compiler, or use "
             "to='torch', which PyTorch compiles where it runs by torch.compile"
         )
-    inductor = cast(Any, torch)._inductor
+    program, inductor = program_of(job), cast(Any, torch)._inductor
     try:
-        inductor.aoti_compile_and_package(program_of(job), package_path=str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what PyTorch itself is to give up
+            inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # whatever the compiler makes of itself
         reason = str(error).strip().splitlines()[0][:300]
         raise ExportError(
