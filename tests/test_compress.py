@@ -21,6 +21,7 @@ from taut.errors import (
     TraceError,
 )
 from taut.files import write_atomically
+from taut.types import Candidate
 
 RECIPE = (
     "prune_weights(sparsity=0.8) > schedule(steps=2) > recover(epochs=10) > "
@@ -136,7 +137,7 @@ def test_a_goal_out_of_reach_gives_the_nearest_and_never_claims_it(trained, task
     assert not all(v.holds for v in result.verdicts)
     distance = result.goal.distance
     tried = [
-        taut.Candidate.from_json(c)
+        Candidate.from_json(c)
         for c in json.loads((tmp_path / "run.json").read_text())["candidates"]
     ]
     assert distance(result.measurement, result.original) == min(
@@ -150,7 +151,7 @@ def test_without_a_bound_on_bytes_the_file_gets_as_small_as_the_score_allows(
     result = taut.compress(trained, task, "score>=-4%", folder=tmp_path, epochs=15, trials=4)
     assert result.met
     record = json.loads((tmp_path / "run.json").read_text())
-    tried = [taut.Candidate.from_json(c) for c in record["candidates"]]
+    tried = [Candidate.from_json(c) for c in record["candidates"]]
     kept = [c for c in tried if result.goal.met(c.measurement, result.original)]
     assert result.measurement.size_bytes == min(c.measurement.size_bytes for c in kept)
     assert result.ratio > 8

@@ -17,6 +17,7 @@ from taut.errors import GoalError, RunError, SearchError
 from taut.frontier import Frontier
 from taut.search import jobs, loop, search
 from taut.search.study import Study
+from taut.types import Candidate, Measurement
 from taut.watch import Watch
 
 FEW = {"epochs": 1, "techniques": "share_values, prune_weights"}
@@ -236,12 +237,12 @@ def simulated(self):
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / "net.taut").write_bytes(SIMULATED.read_bytes())
     spread = int.from_bytes(str(self.recipe).encode()[-40:], "big") % 1000 / 1000
-    measurement = taut.Measurement(
+    measurement = Measurement(
         score=0.9 * spread, size_bytes=200 + int(4000 * spread), parameters=5000,
         nonzero_parameters=100, macs=5000, effective_macs=100,
     )  # fmt: skip
     path = str(self.folder / "net.taut")
-    return taut.Candidate(recipe=str(self.recipe), measurement=measurement, path=path, epochs=1)
+    return Candidate(recipe=str(self.recipe), measurement=measurement, path=path, epochs=1)
 
 
 SIMULATED = Path()

@@ -25,13 +25,10 @@ from taut.search import compare, search
 from taut.task import Task, load_task
 from taut.trace import trace
 from taut.tune import tune
-from taut.types import Candidate, Measurement
 from taut.watch import Watch
 
 __all__ = [
-    "Candidate",
     "Goal",
-    "Measurement",
     "Recipe",
     "Recover",
     "Result",
