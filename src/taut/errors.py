@@ -11,6 +11,7 @@ Who catches TautError catches them all:
     ├── FormatError      a .taut file is damaged, hostile or of another model
     ├── DataError        a data set is not to be had, or is not the one expected
     ├── RunError         a run folder cannot be written or belongs to another run
+    ├── ExportError      an engine is missing, lacks an operation, or does not give the same answers
     └── ZooError         the zoo has no such network, or a network no such option or input
 """
 
@@ -52,6 +53,10 @@ class DataError(TautError):
 
 class RunError(TautError):
     """A run folder cannot be written or belongs to another run."""
+
+
+class ExportError(TautError):
+    """An engine is missing, lacks an operation, or does not give the same answers."""
 
 
 class ZooError(TautError, ValueError):
