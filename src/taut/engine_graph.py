@@ -86,6 +86,11 @@ def fuse(model: Any) -> None:
     for node in [n for n in graph if n.domain == DOMAIN]:
         while _follow(graph, node, turned):
             pass
+    for node in graph:
+        maker = node.inputs[0].producer() if node.op_type == "Transpose" else None
+        there_and_back = maker is not None and maker.op_type == "Transpose"
+        if there_and_back and (_perm(maker), _perm(node)) == (_FIRST, _LAST):
+            _replace(graph, node.outputs[0], maker.inputs[0])
     graph.sort()
     _drop_unused(graph)
 
