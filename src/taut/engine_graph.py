@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from taut.engine_ops import DOMAIN, Operation, place
-from taut.errors import ExportError
 from taut.modules import clone
 
 OPSET = 21
@@ -36,7 +35,7 @@ def onnx_of(
     example: its inputs, whose first dimension may have any size later. wanted: chooses the layers
     that become operations, by path; the others are decoded. The network stays untouched.
 
-    Raises ExportError without the extra `onnx`, and where PyTorch cannot trace the network.
+    It takes the extra `onnx`.
     """
     from onnxscript import ir
 

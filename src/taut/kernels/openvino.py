@@ -57,10 +57,10 @@ def folder() -> Path:
 
 
 def command(to: Path, wheel: Path, kernels: Path, compiler: str) -> list[str]:
-    """What compiles the library: against the wheel's headers, and it finds the wheel's libraries."""
+    """What compiles the library against the headers of the wheel, whose libraries it will find."""
     libs = wheel / "libs"
     return [
-        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
+        compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden",
         "-DOV_THREAD=OV_THREAD_TBB_ADAPTIVE", f"-I{SOURCES}", "-isystem", str(wheel / "include"),
         str(SOURCES / _MAIN), str(kernels), *linked(wheel), f"-Wl,-rpath,{libs}", "-o", str(to),
     ]  # fmt: skip

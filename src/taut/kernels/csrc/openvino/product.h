@@ -82,6 +82,8 @@ class Product : public ov::op::Op {
     Arrays arrays(held_->data(), held_->size());
     scale_ = arrays.next<float>("scale", {out_});
     shift_ = arrays.next<float>("shift", {out_});
+    plain_ = std::all_of(scale_, scale_ + out_, [](float s) { return s == 1; }) &&
+             std::all_of(shift_, shift_ + out_, [](float s) { return s == 0; });
     self.read(arrays);
     arrays.end();
     set_output_type(0, ov::element::f32, self.shape(get_input_partial_shape(0)));
@@ -133,20 +135,33 @@ class Product : public ov::op::Op {
 
   // What follows the product, for kernels that do not have it. y: [rows, out, inner].
   void finish(float* y, const float* beside, int64_t rows, int64_t inner) const {
-    for (int64_t i = 0; i < rows * out_; ++i) {
-      const float scale = scale_[i % out_], shift = shift_[i % out_];
-      float* to = y + i * inner;
-      for (int64_t j = 0; j < inner; ++j) {
-        float value = to[j] * scale + shift;
-        if (beside != nullptr) value += beside[i * inner + j];
-        to[j] = relu_ != 0 && !(value >= 0) ? 0.0f : value;
+    if (plain_ && beside == nullptr && relu_ == 0) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (inner == 1) {
+        for (int64_t o = 0; o < out_; ++o) y[o] = y[o] * scale_[o] + shift_[o];
+      } else {
+        for (int64_t o = 0; o < out_; ++o) {
+          const float scale = scale_[o], shift = shift_[o];
+          float* to = y + o * inner;
+          for (int64_t j = 0; j < inner; ++j) to[j] = to[j] * scale + shift;
+        }
       }
+      const int64_t count = out_ * inner;
+      if (beside != nullptr) {
+        for (int64_t i = 0; i < count; ++i) y[i] += beside[i];
+        beside += count;
+      }
+      if (relu_ != 0) {
+        for (int64_t i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0 : y[i];  // NaN stays
+      }
+      y += count;
     }
   }
 
   int64_t out_ = 0, relu_ = 0;
   const float* scale_ = nullptr;
   const float* shift_ = nullptr;
+  bool plain_ = false;  // whether they change nothing
 
  private:
   std::shared_ptr<Held> held_;
