@@ -19,7 +19,8 @@ int main(int count, char** words) {
     ov::PartialShape shape = model->input().get_partial_shape();
     shape[0] = 1;  // one sample
     model->reshape(shape);
-    auto request = core.compile_model(model, "CPU").create_infer_request();
+    const auto exact = ov::hint::inference_precision(ov::element::f32);
+    auto request = core.compile_model(model, "CPU", exact).create_infer_request();
 
     ov::Tensor x = request.get_input_tensor();
     for (size_t i = 0; i < x.get_size(); ++i) {

@@ -85,10 +85,9 @@ def fuse(model: Any) -> None:
     for node in [n for n in graph if n.domain == DOMAIN]:
         while _follow(graph, node, turned):
             pass
-    for node in graph:
-        maker = node.inputs[0].producer() if node.op_type == "Transpose" else None
-        there_and_back = maker is not None and maker.op_type == "Transpose"
-        if there_and_back and (_perm(maker), _perm(node)) == (_FIRST, _LAST):
+    for node in [n for n in graph if n.op_type == "Transpose" and _perm(n) == _LAST]:
+        maker = node.inputs[0].producer()
+        if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
             _replace(graph, node.outputs[0], maker.inputs[0])
     graph.sort()
     _drop_unused(graph)
@@ -129,7 +128,9 @@ def _follow(graph: Any, node: Any, turned: dict[Any, Any]) -> bool:
     after = _only_reader(graph, end)
     if after is None or int(node.attributes["relu"].as_int()):
         return False
-    if after.op_type == "BatchNormalization" and len(node.inputs) == 2:
+    flat = end.shape is not None and len(end.shape) == 2
+    channels_second = last or flat or node.op_type == "SparseConv2d"
+    if after.op_type == "BatchNormalization" and channels_second and len(node.inputs) == 2:
         taken = _take_norm(graph, node, after)
     elif after.op_type == "Relu":
         taken = _take_relu(node)

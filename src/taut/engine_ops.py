@@ -93,7 +93,7 @@ def operation_of(layer: nn.Module) -> Operation | None:
     return Operation(
         name=name, out=weight.shape[0], numbers=numbers, arrays=arrays,
         scale=_row_scale(weight) if name == "LookupMatmul" else None,
-        bias=cast("Tensor | None", layer.bias),
+        bias=layer.bias,
         rounds=code is not None and not numbers.get("input_planes"),
         channels_last=name == "BitplaneConv2d",
     )  # fmt: skip
