@@ -288,8 +288,8 @@ def test_a_norm_over_other_channels_stays_where_it_is(core):
 
 def test_layers_that_are_not_wanted_are_decoded(residual_file):
     network = residual_file[0]
-    model = graph_of(network, (torch.randn(2, 3, 12, 12),), lambda path, _: path == "fc")
-    assert [n.op_type for n in model.graph if n.domain == "taut"] == ["LookupMatmul"]
+    model = graph_of(network, (torch.randn(2, 3, 12, 12),), lambda path, _: path != "fc")
+    assert [n.op_type for n in model.graph if n.domain == "taut"] == ["BitplaneConv2d"] * 2
 
 
 def test_a_program_in_c_plus_plus_prints_the_same_answers(library, residual_file, tmp_path):
@@ -356,7 +356,7 @@ BAD = {
     "entries": ("sparse, shared", {"entries": 257}, "1 … 256 entries"),
     "count": ("sparse", {"count": -5}, "no sparse weight has -5 values"),
     "absurd": ("sparse", {"in": 2**28}, "more than 2\\*\\*27 columns"),
-    "columns": ("shared", {"in": 128}, "must have 128 columns"),
+    "columns": ("sparse", {"in": 71}, "must have 71 columns"),
 }
 
 
@@ -385,9 +385,9 @@ def test_bad_windows_throw(core, case):
 
 
 BAD_CONSTANTS = {
-    "cut": (lambda raw: raw[:300], "ends within columns|ends within starts"),
+    "cut": (lambda raw: raw[:500], "ends within starts"),
     "longer": (lambda raw: torch.cat([raw, raw[:64]]), "64 bytes more than it should"),
-    "empty": (lambda raw: raw[:0], "ends within scale"),
+    "nearly empty": (lambda raw: raw[:64], "ends within scale"),
     "floats": (lambda raw: raw.float(), "constant of bytes"),
     "two dimensions": (lambda raw: raw[None], "constant of bytes"),
     "wild": (lambda raw: torch.full_like(raw, 255), "starts must rise from 0"),

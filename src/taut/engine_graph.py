@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.engine_ops import DOMAIN, Operation, place
+from taut.layers import packed_layers, run_dense
 from taut.modules import clone
 
 OPSET = 21
@@ -50,6 +51,10 @@ def graph_of(
     """The same as an `onnxscript.ir.Model`."""
     placed = clone(network).eval()
     place(placed, wanted)
+    run_dense(placed, True)
+    for layer in packed_layers(placed).values():  # what is left, decoded before it is traced
+        for name in layer.packed:
+            layer.decoded(name)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in example)
     bigger = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if len(x) < 2 else x for x in example)
