@@ -151,19 +151,21 @@ class AffineWeight(IndexedWeight):
         return scaled
 
     def matmul_levels(self, x: Tensor, levels: Levels) -> Tensor | None:
-        planes = self._bit_planes(1, levels)
+        planes = self.bit_planes(1, levels)
         return None if planes is None else bitplane_matmul(x, planes, levels)
 
     def conv2d_levels(
         self, x: Tensor, levels: Levels, stride: Pair, padding: Pair, dilation: Pair, groups: int
     ) -> Tensor | None:
-        planes = self._bit_planes(groups, levels)
+        planes = self.bit_planes(groups, levels)
         if planes is None:
             return None
         return bitplane_conv2d(x, planes, levels, stride, padding, dilation)
 
-    def _bit_planes(self, groups: int, levels: Levels) -> BitWeights | None:
+    def bit_planes(self, groups: int, levels: Levels) -> BitWeights | None:
         """The numbers bit by bit; a plane of ones where their middle is not the range's.
+
+        None where there are too many bits, or steps that no row has for itself.
 
         n − zero = Σ over bits of ±2**(i − 1) + ((2**bits − 1) / 2 − zero)
         """

@@ -56,6 +56,13 @@ struct Bitplanes {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t out_h, out_w;
   float* y;                 // [count, out_h, out_w, out]
+
+  // What follows the product, for engines that have it done in the same pass:
+  //     y = max(after_scale[o] · y + after_shift[o] + beside, 0)
+  const float* after_scale;  // [out], or null: none of it
+  const float* after_shift;  // [out]
+  const float* beside;       // like y, or null
+  bool rectify;              // whether what is below zero becomes zero
 };
 
 using BitplaneMatmul = void (*)(const Bitplanes&, const Parallel&);

@@ -106,6 +106,15 @@ inline F16 pad_taps(const taut::Bitplanes& op, const Geometry& g, const Place& p
   return y + F16::all(op.pad) * sum;
 }
 
+// Sixteen outputs of a pixel as they are stored, from output o on; the first `valid` exist.
+inline F16 finished(const taut::Bitplanes& op, F16 y, int64_t o, const float* beside,
+                    int64_t valid) {
+  if (valid <= 0) return y;
+  y = y * F16::load_some(op.after_scale + o, valid) + F16::load_some(op.after_shift + o, valid);
+  if (beside != nullptr) y = y + F16::load_some(beside, valid);
+  return op.rectify ? select(uint16_t(at_least(y, F16::zero())), y, F16::zero()) : y;
+}
+
 // Pixels from `place` on, which moves past them, times `Strips` sixteens of outputs.
 template <int Pixels, int Strips>
 void block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x, const int64_t* step_at,
@@ -131,8 +140,17 @@ void block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x, cons
       }
     }
   }
-  float* to = op.y + pixel * op.out + group * g.outputs + strip * 16;
-  const int64_t valid = g.outputs - strip * 16;
+  const int64_t o = group * g.outputs + strip * 16, valid = g.outputs - strip * 16;
+  if (op.after_scale != nullptr) {
+    const float* beside = op.beside == nullptr ? nullptr : op.beside + pixel * op.out + o;
+    for (int j = 0; j < Pixels; ++j) {
+      for (int s = 0; s < Strips; ++s) {
+        const float* at = beside == nullptr ? nullptr : beside + j * op.out + 16 * s;
+        y[j][s] = finished(op, y[j][s], o + 16 * s, at, valid - 16 * s);
+      }
+    }
+  }
+  float* to = op.y + pixel * op.out + o;
   for (int j = 0; j < Pixels; ++j, to += op.out) {
     for (int s = 0; s < Strips; ++s) {
       if (valid >= 16 * Strips) {
@@ -223,6 +241,7 @@ inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& par
     if (op.x != nullptr) some.x += n * m.stride_n;
     if (op.x8 != nullptr) some.x8 += n * m.stride_n;
     some.y += n * op.out_h * op.out_w * op.out;
+    if (op.beside != nullptr) some.beside += n * op.out_h * op.out_w * op.out;
     some_images(some, parallel);
   }
 }

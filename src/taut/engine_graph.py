@@ -1,0 +1,239 @@
+"""The ONNX graph of a network whose packed layers are operations of the domain `taut`.
+
+    model = graph_of(net, example)         an onnxscript.ir.Model; `onnx_of` gives its bytes
+    core = openvino.Core(); core.add_extension(taut.kernels.openvino.extension())
+    core.read_model(onnx_of(net, example))
+
+What follows an operation goes into it: batch norms into its scale and shift, and where nothing
+else reads what lies between, the sum of a residual block and ReLU. Binary convolutions read and
+write their channels last, so that chains of them never turn an image round.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taut.engine_ops import DOMAIN, Operation, place
+from taut.layers import packed_layers, run_dense
+from taut.modules import clone
+
+OPSET = 21
+_LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations to channels last, and back
+
+
+def onnx_of(
+    network: nn.Module, example: tuple[Tensor, ...],
+    wanted: Callable[[str, Operation], bool] = lambda path, operation: True,
+) -> bytes:  # fmt: skip
+    """The ONNX file of a packed network, for an engine that has loaded Taut's operations.
+
+    example: its inputs, whose first dimension may have any size later. wanted: chooses the layers
+    that become operations, by path; the others are decoded. The network stays untouched.
+
+    It takes the extra `onnx`.
+    """
+    from onnxscript import ir
+
+    model = graph_of(network, example, wanted)
+    return ir.serde.serialize_model(model).SerializeToString()  # type: ignore[no-any-return]
+
+
+def graph_of(
+    network: nn.Module, example: tuple[Tensor, ...],
+    wanted: Callable[[str, Operation], bool] = lambda path, operation: True,
+) -> Any:  # fmt: skip
+    """The same as an `onnxscript.ir.Model`."""
+    placed = clone(network).eval()
+    place(placed, wanted)
+    run_dense(placed, True)
+    for layer in packed_layers(placed).values():  # what is left, decoded before it is traced
+        for name in layer.packed:
+            layer.decoded(name)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in example)
+    bigger = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if len(x) < 2 else x for x in example)
+    with torch.no_grad():
+        program = torch.export.export(placed, bigger, dynamic_shapes=shapes, strict=False)
+    model = translated(program)
+    fuse(model)
+    return model
+
+
+def translated(program: torch.export.ExportedProgram) -> Any:
+    """A traced program as ONNX, Taut's operations in their own domain."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, opset_version=OPSET, optimize=True
+        )
+    assert made is not None
+    made.model.graph.opset_imports[DOMAIN] = 1
+    return made.model
+
+
+# ---- what an operation does besides -----------------------------------------------------------
+
+
+def fuse(model: Any) -> None:
+    """Put what stands around Taut's operations into them; an `onnxscript.ir.Model`, in place."""
+    graph = model.graph
+    turned: dict[Any, Any] = {}
+    for node in [n for n in graph if n.domain == DOMAIN]:
+        if node.op_type == "BitplaneConv2d":
+            _channels_last(graph, node, turned)
+    for node in [n for n in graph if n.domain == DOMAIN]:
+        while _follow(graph, node, turned):
+            pass
+    for node in [n for n in graph if n.op_type == "Transpose" and _perm(n) == _LAST]:
+        maker = node.inputs[0].producer()
+        if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
+            _replace(graph, node.outputs[0], maker.inputs[0])
+    graph.sort()
+    _drop_unused(graph)
+
+
+def _channels_last(graph: Any, node: Any, turned: dict[Any, Any]) -> None:
+    from onnxscript import ir
+
+    node.replace_input_with(0, _turned(graph, node.inputs[0], turned, node))
+    node.attributes["channels_last"] = ir.AttrInt64("channels_last", 1)
+
+
+def _turned(graph: Any, value: Any, turned: dict[Any, Any], before: Any) -> Any:
+    """The value with its channels last, made once."""
+    from onnxscript import ir
+
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
+        return maker.inputs[0]
+    if value not in turned:
+        made = ir.node("Transpose", [value], attributes={"perm": _LAST})
+        made.outputs[0].type = value.type
+        graph.insert_before(before, made)
+        turned[value] = made.outputs[0]
+    return turned[value]
+
+
+def _perm(node: Any) -> list[int]:
+    return list(node.attributes["perm"].as_ints())
+
+
+def _follow(graph: Any, node: Any, turned: dict[Any, Any]) -> bool:
+    """Take in what follows an operation, one node; whether there was something."""
+    out = node.outputs[0]
+    back = _only_reader(graph, out)
+    last = back is not None and back.op_type == "Transpose" and _perm(back) == _FIRST
+    end = back.outputs[0] if back is not None and last else out
+    after = _only_reader(graph, end)
+    if after is None or int(node.attributes["relu"].as_int()):
+        return False
+    flat = end.shape is not None and len(end.shape) == 2
+    channels_second = last or flat or node.op_type == "SparseConv2d"
+    if after.op_type == "BatchNormalization" and channels_second and len(node.inputs) == 2:
+        taken = _take_norm(graph, node, after)
+    elif after.op_type == "Relu":
+        taken = _take_relu(node)
+    elif after.op_type == "Add" and len(node.inputs) == 2:
+        taken = _take_sum(graph, node, after, end, turned, last)
+    else:
+        taken = False
+    if taken:
+        _replace(graph, after.outputs[0], end)
+        graph.remove(after, safe=True)
+    return taken
+
+
+def _only_reader(graph: Any, value: Any) -> Any:
+    uses = list(value.uses())
+    return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _replace(graph: Any, old: Any, new: Any) -> None:
+    from onnxscript import ir
+
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name = old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _take_norm(graph: Any, node: Any, norm: Any) -> bool:
+    constants = [v.const_value for v in norm.inputs[1:5]]
+    if any(c is None for c in constants):
+        return False
+    gamma, beta, mean, var = (np.asarray(c.numpy(), np.float64) for c in constants)
+    epsilon = norm.attributes.get("epsilon")
+    factor = gamma / np.sqrt(var + (1e-5 if epsilon is None else epsilon.as_float()))
+    scale, shift = _ends(node)
+    _rewrite(graph, node, scale * factor, (shift - mean) * factor + beta)
+    return True
+
+
+def _take_relu(node: Any) -> bool:
+    from onnxscript import ir
+
+    node.attributes["relu"] = ir.AttrInt64("relu", 1)
+    return True
+
+
+def _take_sum(
+    graph: Any, node: Any, add: Any, mine: Any, turned: dict[Any, Any], last: bool
+) -> bool:
+    other = add.inputs[1] if add.inputs[0] is mine else add.inputs[0]
+    total = add.outputs[0]
+    same = other is not None and other.shape is not None and total.shape is not None
+    if not same or other is mine or other.shape != total.shape or other.const_value is not None:
+        return False
+    beside = _turned(graph, other, turned, add) if last else other
+    node.resize_inputs(3)
+    node.replace_input_with(2, beside)
+    return True
+
+
+def _ends(node: Any) -> tuple[Any, Any]:
+    """The scale and the shift with which the constant of an operation begins."""
+    raw = node.inputs[1].const_value.numpy()
+    out = int(node.attributes["out"].as_int())
+    each = -(-out * 4 // 64) * 64
+    return tuple(raw[at : at + 4 * out].view("<f4").astype(np.float64) for at in (0, each))
+
+
+def _rewrite(graph: Any, node: Any, scale: Any, shift: Any) -> None:
+    from onnxscript import ir
+
+    old = node.inputs[1]
+    raw = old.const_value.numpy().copy()
+    each = -(-len(scale) * 4 // 64) * 64
+    for at, values in ((0, scale), (each, shift)):
+        raw[at : at + 4 * len(values)] = values.astype("<f4").view(np.uint8)
+    name = old.name
+    if len(list(old.uses())) > 1:  # the layer stands at several places
+        name = f"{name}.{node.name}"
+    else:
+        node.replace_input_with(1, None)
+        del graph.initializers[name]
+    tensor = ir.tensor(raw, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(raw.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+
+
+def _drop_unused(graph: Any) -> None:
+    again = True
+    while again:
+        unused = [
+            n for n in graph
+            if not any(list(o.uses()) or o.is_graph_output() for o in n.outputs)
+        ]  # fmt: skip
+        graph.remove(unused, safe=True)
+        again = bool(unused)
+    for name in [n for n, v in graph.initializers.items() if not list(v.uses())]:
+        del graph.initializers[name]

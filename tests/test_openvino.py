@@ -1,0 +1,434 @@
+"""Taut's operations in OpenVINO: each against its definition, whole networks, and bad constants."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taut.activations import LevelCode, StepCode
+from taut.affine_weight import AffineWeight
+from taut.bit_weight import BitWeight
+from taut.engine_graph import graph_of, onnx_of
+from taut.engine_ops import Operation, operation_of
+from taut.errors import ExportError
+from taut.hashed_weight import Drawing, HashedWeight
+from taut.kernels import Levels
+from taut.kernels import openvino as built
+from taut.layers import pack_layer, run_dense
+from taut.packed import PackedWeight, Plain
+from taut.shared_weight import SharedValues
+from taut.sparse_weight import SparseWeight
+
+openvino = pytest.importorskip("openvino")
+onnx = pytest.importorskip("onnx")
+helper = onnx.helper
+pytest.importorskip("onnxscript")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The library of Taut's operations, compiled once."""
+    try:
+        return built.extension()
+    except ExportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def core(library):
+    """OpenVINO with Taut's operations."""
+    found = openvino.Core()
+    found.add_extension(str(library))
+    found.set_property("CPU", {"INFERENCE_NUM_THREADS": 1})
+    return found
+
+
+def plain(*shape: int) -> Plain:
+    return Plain.of(torch.randn(*shape), "float32")
+
+
+def shared(shape: tuple[int, ...], entries: int) -> SharedValues:
+    return SharedValues(torch.randint(0, entries, shape), plain(entries))
+
+
+def bits(shape: tuple[int, ...], planes: int, rows: bool = True) -> BitWeight:
+    scale = Plain.of(torch.rand(planes, shape[0] if rows else 1) + 0.1, "float32")
+    return BitWeight(torch.randint(0, 2**planes, shape), scale)
+
+
+def affine(shape: tuple[int, ...], width: int, steps: int, zero: int | None = None) -> AffineWeight:
+    zeros = torch.tensor(2**width if zero is None else zero)
+    each = Plain.of(torch.rand(steps) + 0.1, "float32")
+    return AffineWeight(torch.randint(0, 2**width, shape), width, each, zeros)
+
+
+def sparse(shape: tuple[int, ...], values: str = "float32") -> SparseWeight:
+    mask = torch.rand(shape) < 0.2
+    count = int(mask.sum())
+    numbers = torch.randn(count)
+    inner = shared((count,), 31) if values == "shared" else Plain.of(numbers, values)
+    return SparseWeight(mask, inner)
+
+
+def hashed(shape: tuple[int, ...], run: int) -> HashedWeight:
+    return HashedWeight(Drawing(shape, (37,), 12345, run), plain(37), 0.5)
+
+
+def signs(channels: int = 1) -> LevelCode:
+    return LevelCode(Levels.sign(torch.randn(channels) / 2))
+
+
+def pair() -> LevelCode:
+    sign = Levels.sign(0.25)
+    return LevelCode(
+        Levels(
+            thresholds=sign.thresholds, pattern=sign.pattern, scale=torch.tensor([0.5]), offset=0.25
+        )
+    )
+
+
+def two_bits() -> StepCode:
+    return StepCode(torch.tensor([0.4]), 0, 3)
+
+
+LINEAR = {
+    "binary": (lambda: bits((33, 130), 1), lambda: signs(130), "BitplaneMatmul"),
+    "ternary, pair": (lambda: bits((16, 64), 2), pair, "BitplaneMatmul"),
+    "learned levels": (lambda: bits((5, 65), 3), two_bits, "BitplaneMatmul"),
+    "real inputs": (lambda: bits((17, 31), 2, rows=False), None, "BitplaneMatmul"),
+    "k bits": (lambda: affine((31, 63), 2, 31), two_bits, "BitplaneMatmul"),
+    "shared": (lambda: shared((33, 129), 16), None, "LookupMatmul"),
+    "shared, 5 bits": (lambda: shared((7, 15), 27), None, "LookupMatmul"),
+    "shared, 8 bits": (lambda: shared((4, 200), 256), None, "LookupMatmul"),
+    "steps of rows": (lambda: affine((17, 33), 4, 17), None, "LookupMatmul"),
+    "steps of runs": (lambda: affine((6, 256), 4, 12), None, "LookupMatmul"),
+    "odd zero": (lambda: affine((6, 40), 3, 6, zero=5), None, "LookupMatmul"),
+    "rounded inputs": (
+        lambda: shared((9, 40), 16), lambda: StepCode(torch.tensor([0.02]), -127, 127),
+        "LookupMatmul",
+    ),
+    "sparse": (lambda: sparse((33, 70)), None, "SparseMatmul"),
+    "sparse halves": (lambda: sparse((15, 31), "float16"), None, "SparseMatmul"),
+    "sparse, shared": (lambda: sparse((17, 100), "shared"), None, "SparseMatmul"),
+    "hashed": (lambda: hashed((19, 45), 1), None, "HashedMatmul"),
+    "hashed runs": (lambda: hashed((33, 130), 16), None, "HashedMatmul"),
+}  # fmt: skip
+
+CONVS = {
+    "conv, binary": (
+        lambda: bits((33, 65, 3, 3), 1), pair, (65, 33, 3, 1, 1, 1, 1), "BitplaneConv2d",
+    ),
+    "conv, grouped": (
+        lambda: bits((6, 5, 3, 2), 2), signs, (10, 6, (3, 2), 2, 0, 1, 2), "BitplaneConv2d",
+    ),
+    "conv, k bits": (
+        lambda: affine((17, 9, 1, 1), 2, 17), two_bits, (9, 17, 1, 2, 0, 1, 1), "BitplaneConv2d",
+    ),
+    "conv, sparse": (lambda: sparse((7, 6, 5, 5)), None, (6, 7, 5, 1, 2, 1, 1), "SparseConv2d"),
+    "conv, sparse, shared": (
+        lambda: sparse((8, 3, 3, 3), "shared"), None, (6, 8, 3, 2, 1, 2, 2), "SparseConv2d",
+    ),
+}  # fmt: skip
+
+
+def packed(layer: nn.Module, weight: PackedWeight, code=None) -> nn.Sequential:
+    """A network of one layer, packed."""
+    pack_layer(layer, {"weight": weight}, code() if code else None)
+    return nn.Sequential(layer).eval()
+
+
+def one(operation: Operation, x: Tensor) -> bytes:
+    """An ONNX file of one operation, whose channels stand where PyTorch has them."""
+    node = helper.make_node(
+        operation.name, ["x", "weight"], ["y"], domain="taut", **operation.attributes
+    )
+    nodes, end = [node], "y"
+    if operation.channels_last:
+        nodes.append(helper.make_node("Transpose", ["y"], ["turned"], perm=[0, 3, 1, 2]))
+        end = "turned"
+    weight = onnx.numpy_helper.from_array(operation.constant().numpy(), "weight")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "one", [value("x", 1, ["n", *x.shape[1:]])], [value(end, 1, None)], [weight]
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("taut", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def answer(core, file: bytes, x: Tensor) -> Tensor:
+    """What OpenVINO says."""
+    model = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(np.array(model(x.numpy())[0]))
+
+
+def answers(core, network: nn.Module, x: Tensor) -> Tensor:
+    """What OpenVINO says of a network of one layer."""
+    operation, code = operation_of(network[0]), network[0].input_code
+    dim = -1 if x.dim() == 2 else 1
+    return answer(core, one(operation, x), code.rounded(x, dim) if operation.rounds else x)
+
+
+def close(found: Tensor, network: nn.Module, x: Tensor) -> None:
+    run_dense(network, True)
+    with torch.no_grad():
+        wanted = network(x)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_linear_layer_gives_what_its_dense_weight_gives(core, case):
+    weight, code, name = LINEAR[case]
+    held = weight()
+    network = packed(nn.Linear(held.shape[1], held.shape[0]), held, code)
+    assert operation_of(network[0]).name == name
+    x = torch.randn(5, held.shape[1])
+    close(answers(core, network, x), network, x)
+
+
+@pytest.mark.parametrize("case", CONVS)
+def test_a_convolution_gives_what_its_dense_weight_gives(core, case):
+    weight, code, (channels, out, kernel, stride, padding, dilation, groups), name = CONVS[case]
+    layer = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups)
+    network = packed(layer, weight(), code)
+    assert operation_of(network[0]).name == name
+    x = torch.randn(3, channels, 9, 10)
+    close(answers(core, network, x), network, x)
+
+
+# ---- whole networks -------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Two binary convolutions and a sum, as in a ResNet, between plain layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(20, 20, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(20) for _ in range(2))
+        self.fc = nn.Linear(20, 7)
+        for norm in self.norms:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.relu(self.norms[0](self.convs[0](x)))
+        x = torch.relu(x + self.norms[1](self.convs[1](y)))
+        return self.fc(x.mean((2, 3)))
+
+
+def residual() -> nn.Module:
+    """The same, packed."""
+    network = Residual()
+    for conv in network.convs:
+        pack_layer(conv, {"weight": bits((20, 20, 3, 3), 1)}, pair())
+    pack_layer(network.fc, {"weight": shared((7, 20), 16)})
+    return network.eval()
+
+
+def alike(found: Tensor, wanted: Tensor) -> None:
+    """The same, but that a number next to a threshold may fall to its other side."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def residual_file():
+    torch.manual_seed(1)
+    network = residual()
+    return network, onnx_of(network, (torch.randn(1, 3, 12, 12),))
+
+
+def test_norms_sums_and_relu_go_into_the_operations(residual_file):
+    nodes = onnx.load_from_string(residual_file[1]).graph.node
+    ours = [n for n in nodes if n.domain == "taut"]
+    assert [n.op_type for n in ours] == ["BitplaneConv2d", "BitplaneConv2d", "LookupMatmul"]
+    assert [len(n.input) for n in ours] == [2, 3, 2]
+    assert not {"BatchNormalization", "Relu", "Gemm"} & {n.op_type for n in nodes}
+    assert sum(n.op_type == "Transpose" for n in nodes) == 2  # to channels last, and back
+
+
+def test_a_whole_network_gives_its_answers(core, residual_file, tmp_path):
+    network, file = residual_file
+    x = torch.randn(3, 3, 12, 12)
+    alike(answer(core, file, x), network(x).detach())
+    xml = tmp_path / "net.xml"  # OpenVINO's own format holds the operations too
+    openvino.save_model(core.read_model(file), xml, compress_to_fp16=False)
+    found = core.compile_model(xml, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())
+    alike(torch.from_numpy(np.array(found[0])), network(x).detach())
+
+
+class Steps(nn.Module):
+    """A layer whose batch norm is over the steps of a sequence, as many as it has units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 5), nn.BatchNorm1d(5)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc(x))
+
+
+def test_a_norm_over_other_channels_stays_where_it_is(core):
+    network = Steps()
+    pack_layer(network.fc, {"weight": shared((5, 6), 16)})
+    x = torch.randn(2, 5, 6)
+    alike(answer(core, onnx_of(network.eval(), (x,)), x), network(x).detach())
+
+
+def test_layers_that_are_not_wanted_are_decoded(residual_file):
+    network = residual_file[0]
+    model = graph_of(network, (torch.randn(2, 3, 12, 12),), lambda path, _: path != "fc")
+    assert [n.op_type for n in model.graph if n.domain == "taut"] == ["BitplaneConv2d"] * 2
+
+
+def test_a_program_in_c_plus_plus_prints_the_same_answers(library, residual_file, tmp_path):
+    network, file = residual_file
+    (tmp_path / "net.onnx").write_bytes(file)
+    program = tmp_path / "example"
+    headers = built.wheel() / "include"
+    built.run(
+        [built.compiler(), "-std=c++17", "-O0", "-isystem", str(headers),
+         str(ROOT / "examples" / "05_openvino.cpp"), *built.linked(built.wheel()),
+         f"-Wl,-rpath,{built.wheel() / 'libs'}", "-o", str(program)]
+    )  # fmt: skip
+    line = [str(program), str(library), str(tmp_path / "net.onnx")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
+    said = torch.tensor([float(word) for word in done.stdout.split()])
+    x = torch.linspace(-1, 1, 3 * 144).reshape(1, 3, 12, 12)
+    alike(said, network(x).detach()[0])
+    bad = subprocess.run(
+        [str(program), str(library), "no.onnx"], capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 1
+    assert "no.onnx" in bad.stderr
+
+
+# ---- bad constants --------------------------------------------------------------------------
+
+
+def damaged(case: str, change: Callable[[Tensor], Tensor] | None = None, **attributes) -> bytes:
+    """The file of a linear case or a convolution, with attributes, or its constant, changed."""
+    weight, code, *rest = (LINEAR | CONVS)[case]
+    held = weight()
+    if case in LINEAR:
+        layer: nn.Module = nn.Linear(held.shape[1], held.shape[0])
+        x = torch.randn(2, held.shape[1])
+    else:
+        channels, out, kernel, stride, padding, dilation, groups = rest[0]
+        layer = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups)
+        x = torch.randn(2, channels, 9, 10)
+    pack_layer(layer, {"weight": held}, code() if code else None)
+    operation = operation_of(layer)
+    operation.attributes.update(attributes)
+    file = onnx.load_from_string(one(operation, x))
+    if change is not None:
+        tensor = onnx.numpy_helper.from_array(change(operation.constant()).numpy(), "weight")
+        file.graph.initializer[0].CopyFrom(tensor)
+    return file.SerializeToString()
+
+
+BAD = {
+    "rows": ("shared", {"out": 34}, "ends within"),
+    "no rows": ("shared", {"out": 0}, r"out must lie in \[1"),
+    "negative": ("sparse", {"in": -1}, "in must lie in"),
+    "huge": ("hashed", {"count": 2**31 - 1}, "ends within buckets"),
+    "fewer": ("shared", {"out": 20}, "bytes more than it should|ends within"),
+    "bits": ("shared", {"bits": 9}, r"bits must lie in \[1, 8\], got 9"),
+    "tables": ("shared", {"tables": 2}, "must be 1 or 33 tables"),
+    "group": ("steps of runs", {"group": 100}, "multiple of 128"),
+    "relu": ("hashed", {"relu": 2}, "relu must lie in"),
+    "run": ("hashed", {"run": 5}, "run must be 1, 4, 16 or 64"),
+    "seed": ("hashed", {"seed": -1}, "seed must lie in"),
+    "planes": ("binary", {"planes": 9}, "at most 8 planes"),
+    "levels": ("binary", {"levels": 17}, "16 levels"),
+    "kind": ("sparse", {"values": 5}, "of the kind 5"),
+    "entries": ("sparse, shared", {"entries": 257}, "1 … 256 entries"),
+    "count": ("sparse", {"count": -5}, "no sparse weight has -5 values"),
+    "absurd": ("sparse", {"in": 2**28}, "more than 2\\*\\*27 columns"),
+    "columns": ("sparse", {"in": 71}, "must have 71 columns"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_attributes_throw(core, case):
+    name, attributes, said = BAD[case]
+    with pytest.raises(RuntimeError, match=said):
+        core.read_model(damaged(name, **attributes))
+
+
+BAD_WINDOWS = {
+    "groups": ({"groups": 0}, "do not fall into 0 groups"),
+    "odd groups": ({"groups": 2}, "do not fall into 2 groups"),
+    "stride": ({"stride": [0, 1]}, "pairs of small numbers"),
+    "pair": ({"padding": [1]}, "pairs of small numbers"),
+    "large": ({"dilation": [2**19, 1]}, "kernel is larger"),
+    "taps": ({"kernel": [2**19, 2**19]}, "at most 2\\*\\*24|absurd size|ends within"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WINDOWS)
+def test_bad_windows_throw(core, case):
+    attributes, said = BAD_WINDOWS[case]
+    with pytest.raises(RuntimeError, match=said):
+        core.read_model(damaged("conv, binary", **attributes))
+
+
+BAD_CONSTANTS = {
+    "cut": (lambda raw: raw[:500], "ends within starts"),
+    "longer": (lambda raw: torch.cat([raw, raw[:64]]), "64 bytes more than it should"),
+    "nearly empty": (lambda raw: raw[:64], "ends within scale"),
+    "floats": (lambda raw: raw.float(), "constant of bytes"),
+    "two dimensions": (lambda raw: raw[None], "constant of bytes"),
+    "wild": (lambda raw: torch.full_like(raw, 255), "starts must rise from 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONSTANTS)
+def test_bad_constants_throw(core, case):
+    change, said = BAD_CONSTANTS[case]
+    with pytest.raises(RuntimeError, match=said):
+        core.read_model(damaged("sparse", change))
+
+
+def test_starts_that_fall_throw(core):
+    held = sparse((4, 20))
+    held.starts[1] = 2**30
+    layer = nn.Linear(20, 4)
+    pack_layer(layer, {"weight": held})
+    with pytest.raises(RuntimeError, match="starts must rise from 0"):
+        core.read_model(one(operation_of(layer), torch.randn(2, 20)))
+
+
+# ---- building -------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TAUT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ExportError, match=r"no C\+\+20 compiler 'no-such-compiler'; install g\+\+"):
+        built.compiler()
+    monkeypatch.setattr(built.native, "LIBRARY", None)
+    with pytest.raises(ExportError, match="without its native kernels"):
+        built.extension()
+    monkeypatch.setattr(built.native, "LIBRARY", str(tmp_path / "native_ops.so"))
+    with pytest.raises(ExportError, match=r"libtaut_kernels\.a is missing"):
+        built.extension()
+    monkeypatch.setattr(built.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"pip install 'taut\[openvino\]'"):
+        built.extension()
+
+
+def test_what_a_compiler_says_is_in_the_error(tmp_path):
+    with pytest.raises(ExportError, match="cannot compile Taut's operations"):
+        built.run([built.compiler(), str(tmp_path / "none.cpp")])
