@@ -29,6 +29,7 @@ FLOORS = (
         "coding",
         "kernels",
         "modules",
+        "full_lengths",
         "processes",
         "zoo",
         "distances",
