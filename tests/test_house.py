@@ -42,7 +42,7 @@ FLOORS = (
         "matching",
     },
     {"data", "trace", "second_order", "packed", "edits"},
-    {"statistics", "timing"},
+    {"statistics", "timing", "texts"},
     {"importance", "activations", "container", "groups", "ranks"},
     {"technique", "unit_scores", "decompositions"},
     {"conv_swaps"},
