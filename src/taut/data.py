@@ -397,7 +397,7 @@ def _from_pip(package: str, form: str, files: Sequence[str]) -> Iterator[tuple[s
 
 def _from_aeon(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     found = importlib.util.find_spec("aeon")
-    for root in (found.submodule_search_locations or () if found else ()):
+    for root in found.submodule_search_locations or () if found else ():
         yield from _from_folder(Path(root) / "datasets" / "data" / "JapaneseVowels", files)
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from taut.activations import InputCode, channels_at
+from taut.errors import DataError
 from taut.kernels import gru_cell, lstm_cell
 from taut.modules import drop_flat_weights
 from taut.packed import PackedWeight
@@ -162,6 +163,11 @@ class _PackedRecurrent(Packed):
             return out.squeeze(0 if layer.batch_first else 1), _map(lambda h: h.squeeze(1), state)
         elif layer.batch_first:
             sequence = x.transpose(0, 1)
+        if not len(sequence):
+            raise DataError(
+                f"{type(self).__name__} takes at least one step, got an input of shape "
+                f"{list(x.shape)}; leave empty sequences out"
+            )
         states = self._start(sequence, hx)
         finals, directions = [], 2 if layer.bidirectional else 1
         for depth in range(layer.num_layers):

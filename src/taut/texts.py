@@ -105,7 +105,7 @@ class Words:
 
 
 def _words(sentence: str) -> list[str]:
-    return re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", sentence.lower())
+    return re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", sentence.lower())
 
 
 def padded(sequences: Sequence[Tensor], longest: int | None = None) -> tuple[Tensor, Tensor]:
