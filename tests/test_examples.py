@@ -97,7 +97,7 @@ def compressed(example, recipe, tmp_path, *needs, **environment):
 def test_king_james_in_a_tiny_form(network, tmp_path):
     found = compressed(
         "05_king_james", "quantize(bits=4)", tmp_path, king_james,
-        TAUT_NETWORK=network, TAUT_EXAMPLES="20",
+        TAUT_NETWORK=network, TAUT_EXAMPLES="20", TAUT_WIDTH="64",
     )  # fmt: skip
     packed = found["candidates"][0]["measurement"]
     assert found["original"]["size_bytes"] > 6 * packed["size_bytes"]

@@ -14,6 +14,7 @@ from taut.texts import Alphabet
 
 NETWORK = os.environ.get("TAUT_NETWORK", "lstm")  # or gru, transformer
 EPOCHS = int(os.environ.get("TAUT_EPOCHS", "4"))
+WIDTH = int(os.environ.get("TAUT_WIDTH", "512"))  # a Transformer's is half of it
 EXAMPLES = int(os.environ.get("TAUT_EXAMPLES", "30000"))  # stretches of the text
 STEPS = 128
 
@@ -41,9 +42,10 @@ def score(output, target):
 
 
 def model():
-    width = {"width": 256, "context": STEPS} if NETWORK == "transformer" else {"hidden": 512}
+    transformer = {"width": WIDTH // 2, "context": STEPS}
+    width = transformer if NETWORK == "transformer" else {"hidden": WIDTH}
     net = zoo.create(f"{NETWORK}_language_model", vocabulary=len(alphabet), layers=2, **width)
-    name = f"king-james-{NETWORK}-{EPOCHS}-{EXAMPLES}.pt"
+    name = f"king-james-{NETWORK}-{WIDTH}-{EPOCHS}-{EXAMPLES}.pt"
     kept = Path(os.environ.get("TAUT_WEIGHTS", data_folder() / name))
     if not kept.is_file():
         fit(net)

@@ -46,7 +46,7 @@ def _pad(
     data: Tensor, batch_sizes: Tensor, batch_first: bool, padding: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """What `_pack` took, and the lengths."""
-    x = data.unflatten(0, (steps, -1))
+    x = data.view(steps, -1, *data.shape[1:])
     return x.transpose(0, 1) if batch_first else x, torch.full((x.shape[1],), steps)
 
 
@@ -54,16 +54,19 @@ def _reading_padded(forward: Callable[..., Any], batch_first: bool) -> Callable[
     def read(x: Any, hx: Any = None) -> Any:
         if not isinstance(x, PackedSequence):
             return forward(x, hx)
-        if hx is not None and x.sorted_indices is not None:
-            hx = _map(lambda h: h.index_select(1, x.sorted_indices), hx)
+        if hx is not None:
+            hx = _map(lambda h: _ordered(h, x.sorted_indices), hx)
         padded, _ = _pad(x.data, x.batch_sizes, batch_first, 0.0, len(x.batch_sizes))
         y, state = forward(padded, hx)
-        if x.unsorted_indices is not None:
-            state = _map(lambda h: h.index_select(1, x.unsorted_indices), state)
+        state = _map(lambda h: _ordered(h, x.unsorted_indices), state)
         data, sizes = _pack(y, x.batch_sizes, batch_first)
         return PackedSequence(data, sizes, x.sorted_indices, x.unsorted_indices), state
 
     return read
+
+
+def _ordered(state: Tensor, order: Tensor | None) -> Tensor:
+    return state if order is None else state.index_select(1, order)
 
 
 def _map(f: Callable[[Tensor], Tensor], value: Any) -> Any:
