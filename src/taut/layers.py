@@ -134,7 +134,16 @@ class _PackedEmbedding(Packed):
     def forward(self, index: Tensor) -> Tensor:
         if self.runs_dense or cast(nn.Embedding, self).max_norm is not None:
             return cast(Tensor, super().forward(index))
-        return cast(PackedWeight, self.packed["weight"]).rows(index).to(self._dtypes["weight"])
+        weight = cast(PackedWeight, self.packed["weight"])
+        # A weight that computes its rows has one for any number; an exported graph cannot look.
+        if index.numel() and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in index.aminmax())
+            if low < 0 or high >= weight.shape[0]:
+                raise IndexError(
+                    f"index out of range: {type(self).__name__} has {weight.shape[0]} rows, got "
+                    f"{low if low < 0 else high}"
+                )
+        return weight.rows(index).to(self._dtypes["weight"])
 
 
 class _PackedRecurrent(Packed):
