@@ -125,3 +125,19 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, trained, task):
              "build": small_net}  # fmt: skip
     exec(blocks("docs/index.md", "python")[1], names)
     assert torch.equal(names["again"][0].bias, names["result"].model[0].bias)
+
+
+def test_the_code_about_sequences_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in blocks("docs/sequences.md", "python"):
+        exec(code, names)
+    assert (tmp_path / "reader.taut").is_file()
+    assert len(names["said"]) == 5
+
+
+def test_the_recipes_about_sequences_parse():
+    text = (ROOT / "docs" / "sequences.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"^\| `(\w+\(.*?\))`", text, flags=re.MULTILINE)
+    assert len(recipes) == 4
+    assert all(taut.Recipe.parse(r).steps for r in recipes)

