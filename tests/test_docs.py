@@ -152,3 +152,19 @@ def test_the_search_document_runs(tmp_path, monkeypatch, trained, task):
     assert len(names["rows"]) == len(names["result"].frontier)
     commands = re.findall(r"^taut (\w+)", "".join(blocks("docs/search.md", "sh")), re.MULTILINE)
     assert commands == ["search", "compare"]
+
+
+def test_the_code_about_sequences_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in blocks("docs/sequences.md", "python"):
+        exec(code, names)
+    assert (tmp_path / "reader.taut").is_file()
+    assert len(names["said"]) == 5
+
+
+def test_the_recipes_about_sequences_parse():
+    text = (ROOT / "docs" / "sequences.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"^\| `(\w+\(.*?\))`", text, flags=re.MULTILINE)
+    assert len(recipes) == 4
+    assert all(taut.Recipe.parse(r).steps for r in recipes)

