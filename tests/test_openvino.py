@@ -299,7 +299,7 @@ def test_a_program_in_c_plus_plus_prints_the_same_answers(library, residual_file
     headers = built.wheel() / "include"
     built.run(
         [built.compiler(), "-std=c++17", "-O0", "-isystem", str(headers),
-         str(ROOT / "examples" / "05_openvino.cpp"), *built.linked(built.wheel()),
+         str(ROOT / "examples" / "09_openvino.cpp"), *built.linked(built.wheel()),
          f"-Wl,-rpath,{built.wheel() / 'libs'}", "-o", str(program)]
     )  # fmt: skip
     line = [str(program), str(library), str(tmp_path / "net.onnx")]

@@ -1,7 +1,7 @@
 // A compressed network in OpenVINO, without Python: loads Taut's operations and an exported model,
 // and prints what the network answers to an input of ascending numbers from -1 to 1.
 //
-//     ./05_openvino taut_openvino.so net.onnx      (or the .xml that OpenVINO saved of it)
+//     ./09_openvino taut_openvino.so net.onnx      (or the .xml that OpenVINO saved of it)
 #include <cstdio>
 #include <exception>
 
