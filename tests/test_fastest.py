@@ -86,7 +86,7 @@ def test_compress_takes_the_latency_of_the_engine_it_is_told(trained, task, tmp_
         each = {"batch": 1, "threads": 1, "engine": engine, "iqr_ms": 0.1, "runs": 5}
         return (Latency(median_ms=float(len(asked)), **each),)
 
-    monkeypatch.setattr(importlib.import_module("taut.compress"), "latencies", told)
+    monkeypatch.setattr(importlib.import_module("taut.trial"), "latencies", told)
     result = taut.compress(trained, task, "quantize()", folder=tmp_path, engine="onnx")
     assert asked == [("Linear", "onnx", (1, 64)), ("PackedLinear", "onnx", (1, 64))]
     assert [t.median_ms for t in result.original.latencies] == [1.0]

@@ -1,14 +1,12 @@
 """Few bits for weights and activations: DoReFa, LSQ and learned levels (LQ) side by side.
 
 LeNet-5 and a ResNet of 8 layers (the first with stride 2) on Fashion-MNIST. Every network starts
-from the same trained float one, and is trained on as long as that is, at the same rate: LeNet-5 for
-three epochs without distillation, the ResNet for eight, by products in bfloat16, and of few bits it
-is distilled from the float one (in three epochs without, LQ lost 2.3 points at two bits). The first
-and the last layer have 8 bits throughout; with one bit for both, LQ's column is binarize with two
-fitted levels for what layers read. What is scored is the file, read back. Points are those lost to
-the float network, the better of its scores before and after it was trained on. The post-training
-row sees 1,024 training examples, trains nothing, and is compared with the float network that it
-comes from.
+from the same trained float one, and is trained on as long as that is, at the same rate, without
+distillation. The first and the last layer have 8 bits throughout; with one bit for both, LQ's
+column is binarize with two fitted levels for what layers read. What is scored is the file, read
+back. Points are those lost to the float network, the better of its scores before and after it was
+trained on. The post-training row sees 1,024 training examples, trains nothing, and is compared with
+the float network that it comes from.
 
 A row whose technique this installation does not have is left out, with a note.
 """
@@ -20,7 +18,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +29,6 @@ from taut.data import Batches, fashion_mnist, images
 from taut.modules import clone
 from taut.technique import techniques
 from taut.trace import Trace
-from taut.training import Training
 from taut.zoo import LeNet5
 from taut.zoo.resnet import ResNet
 
@@ -50,20 +47,12 @@ class Net:
     name: str
     build: Callable[[], nn.Module]
     ends: str
-    again: taut.Recover
-    precision: str = "float32"
 
 
 NETS = (
-    Net(
-        "LeNet-5", LeNet5, "conv1, fc2",
-        taut.Recover(epochs=3, learning_rate=1e-3, distill=0.0),
-    ),
-    Net(
-        "ResNet-8", lambda: ResNet(8, in_channels=1, stride=2), "conv.weight, fc",
-        taut.Recover(epochs=8, learning_rate=3e-3, temperature=2.0), "bfloat16",
-    ),
-)  # fmt: skip
+    Net("LeNet-5", LeNet5, "conv1, fc2"),
+    Net("ResNet-8", lambda: ResNet(8, in_channels=1, stride=2), "conv.weight, fc"),
+)
 
 
 def recipe_of(method: str, weights: int, inputs: int, ends: str) -> str:
@@ -99,13 +88,12 @@ def task_of(quick: bool) -> taut.Task:
 def _figures(net: Net, options: argparse.Namespace) -> Iterator[Figure]:
     torch.manual_seed(options.seed)
     task, model = task_of(options.quick), net.build()
-    first = 1 if options.quick else 6
-    again = replace(net.again, epochs=1) if options.quick else net.again
-    precision = Training(precision=net.precision)
+    first, more = (1, 1) if options.quick else (6, 3)
+    again = taut.Recover(epochs=more, learning_rate=1e-3, distill=0.0)
     taut.recover(model, task, taut.Recover(epochs=first, learning_rate=2e-3, distill=0.0))
     whole = task.evaluate(model)
     longer = clone(model)
-    taut.recover(longer, task, replace(again, distill=0.0), settings=[precision])
+    taut.recover(longer, task, again)
     best = max(whole, task.evaluate(longer))
     traced = taut.trace(model, task.example())
     print(f"{net.name}, float: {whole:.4f}, trained on {task.evaluate(longer):.4f}")
@@ -119,7 +107,7 @@ def _figures(net: Net, options: argparse.Namespace) -> Iterator[Figure]:
         )  # fmt: skip
 
     recipe = "quantize(bits=8, activations=8)"
-    score = _score(model, task, traced, recipe, None, precision)
+    score = _score(model, task, traced, recipe, None)
     yield figure("8/8 post-training", score, whole, 0.1, recipe)
     for weights, inputs in BITS[1:3] if options.quick else BITS:
         for method in ("DoReFa", "LSQ", "LQ"):
@@ -130,24 +118,19 @@ def _figures(net: Net, options: argparse.Namespace) -> Iterator[Figure]:
                 continue
             recipe = f"quantize(activations=8, only={net.ends!r}) > {middle}"
             torch.manual_seed(options.seed + 1)
-            score = _score(model, task, traced, recipe, again, precision)
+            score = _score(model, task, traced, recipe, again)
             yield figure(name, score, best, ASKED.get((method, weights, inputs), LOOSE), recipe)
 
 
 def _score(
-    model: nn.Module,
-    task: taut.Task,
-    traced: Trace,
-    recipe: str,
-    train: taut.Recover | None,
-    precision: Training,
+    model: nn.Module, task: taut.Task, traced: Trace, recipe: str, train: taut.Recover | None
 ) -> float:
     """Of the file that the recipe makes of a copy of the model."""
     coded = clone(model)
     for step in taut.Recipe.parse(recipe).steps:
         taut.apply(coded, step, task, traced)
     if train is not None:
-        taut.recover(coded, task, train, settings=[precision], teacher=model)
+        taut.recover(coded, task, train)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.taut"
         taut.pack(coded, path)
