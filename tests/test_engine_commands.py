@@ -115,6 +115,13 @@ def test_inputs_that_cannot_be_read(run_folder, tmp_path):
     assert run("export", run_folder / "net.taut").exit_code == 2  # neither --to nor --output
 
 
+def test_a_network_that_is_not_there(tmp_path):
+    np.save(tmp_path / "in.npy", np.zeros((1, 4), np.float32))
+    for name in ("net.onnx", "net.taut"):
+        done = run("run", tmp_path / name, tmp_path / "in.npy")
+        assert f"there is no file {tmp_path / name}" in str(done.exception)
+
+
 def test_compress_falls_back_and_passes_the_engine_on(run_folder, monkeypatch):
     seen = {}
     cli = importlib.import_module("taut.cli")

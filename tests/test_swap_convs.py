@@ -71,7 +71,7 @@ WORTH = {"separable": 0.5, "grouped": 0.5, "fire": 0.35, "stacked": 0.5, "asymme
 @pytest.mark.parametrize("to", KINDS)
 def test_least_squares_alone_keep_much_of_what_the_network_knows(net, images, to):
     made = taut.apply(
-        clone(net), SwapConvs(to=to, block_steps=0, tolerance=1, squeeze=0.4, only="!0"), images
+        clone(net), SwapConvs(to=to, block_steps=0, tolerance=1, width=0.4, only="!0"), images
     )
     assert [(e.layer, e.to) for e in edits.of(made)] == [("2", to), ("5", to)]
     assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in net.parameters())
@@ -104,7 +104,7 @@ def test_each_block_learns_from_what_it_will_read(net, caplog):
 
 @pytest.mark.parametrize("to", KINDS)
 def test_it_is_stored_and_replayed(net, images, to, tmp_path):
-    step = SwapConvs(to=to, block_steps=2, tolerance=1, squeeze=0.4, only="!0")
+    step = SwapConvs(to=to, block_steps=2, tolerance=1, width=0.4, only="!0")
     made, x = taut.apply(clone(net), step, images).eval(), _pictures()[:50]
     pack(made, tmp_path / "net.taut", "float32")
     loaded = load(tmp_path / "net.taut", conv_net())
@@ -119,7 +119,7 @@ def test_a_whole_run_goes_on_where_it_was_cut_off(net, images, tmp_path, monkeyp
     assert whole.measurement.macs < 0.5 * whole.original.macs
     assert whole.measurement.score > 0.8
     assert taut.inspect(whole.folder / "net.taut").edits == ("swap", "swap")
-    module = sys.modules["taut.compress"]
+    module = sys.modules["taut.trial"]
     monkeypatch.setattr(module, "recover", _stopped)
     with pytest.raises(KeyboardInterrupt):
         taut.compress(net, images, recipe, folder=tmp_path / "cut")
@@ -231,8 +231,8 @@ def test_more_filters_for_each_channel_miss_less(net, images):
     ("step", "width"),
     [
         (SwapConvs(to="grouped", groups=4), 4),
-        (SwapConvs(to="fire", squeeze=0.25), 4),
-        (SwapConvs(to="fire", squeeze=1), 12),
+        (SwapConvs(to="fire", width=0.25), 4),
+        (SwapConvs(to="fire", width=1), 12),
         (SwapConvs(to="stacked"), 14),
         (SwapConvs(to="asymmetric", width=0.5), 7),
         (SwapConvs(to="asymmetric", width=4), 55),
@@ -303,7 +303,7 @@ def test_options():
         SwapConvs(to="seperable")
     with pytest.raises(RecipeError, match=r"groups must lie in \[2, 1024\], got 1"):
         SwapConvs(groups=1)
-    assert str(SwapConvs(to="fire", squeeze=0.25)) == "swap_convs(to='fire', squeeze=0.25)"
+    assert str(SwapConvs(to="fire", width=0.25)) == "swap_convs(to='fire', width=0.25)"
 
 
 # ---- other networks -------------------------------------------------------------------------

@@ -84,6 +84,8 @@ def run_command(
 ) -> None:
     """Run a network on the numbers in a file: a .taut file here, an exported one in its engine."""
     tensors = _read(inputs)
+    if not file.is_file():
+        raise ExportError(f"there is no file {file}; export one, or name a .taut file")
     if file.suffix in {t.suffix for t in TARGETS.values()}:
         answers = target_of(file, None).module().opened(file)(tensors)
     else:
@@ -162,7 +164,8 @@ def recorded(taut_file: Path) -> dict[str, Any]:
     record = read_json(run) if run.is_file() else {}
     if record.get("status") != "done":
         return {}
-    chosen = record["candidates"][record["chosen"]]
+    best = record.get("best")  # of a search
+    chosen = record["candidates"][record["chosen"]] if best is None else best
     return {"recipe": chosen["recipe"], "measurement": chosen["measurement"]}
 
 

@@ -392,6 +392,8 @@ class Searching:
         timed_ones = [c for c, n in zip(candidates, numbers, strict=True) if n in times]
         line = Frontier.of(timed_ones, original, self.task.better)
         best = line.best(self.goal, self.options.minimize)
+        self.record["best"] = best.to_json()
+        self._save()
         content = Path(best.path).read_bytes()
         path = self.folder / "net.taut"
         if not path.is_file() or path.read_bytes() != content:

@@ -61,10 +61,10 @@ class SwapConvs(Reshaping):
     )
     multiplier: int = option(1, low=1, high=64, help="separable: filters for each input channel")
     groups: int = option(2, low=2, high=1024, help="grouped: groups of channels")
-    squeeze: float = option(0.125, low=0.001, high=1, help="fire: squeezed channels to outputs")
-    width: float = option(
-        1.0, low=0.01, high=4,
-        help="stacked, asymmetric: channels between, to the geometric mean of both ends",
+    width: float | None = option(
+        None, low=0.001, high=4,
+        help="fire: squeezed channels to outputs, by default 0.125; stacked, asymmetric: channels "
+        "between, to the geometric mean of both ends, by default 1",
     )  # fmt: skip
     block_steps: int = option(
         200, low=0, high=100_000, unit="step", help="of training each block by itself"
@@ -114,10 +114,12 @@ class SwapConvs(Reshaping):
         if self.to == "grouped":
             return self.groups
         if self.to == "fire":
-            return min(max(1, round(self.squeeze * conv.outputs)), conv.inputs)
+            squeezed = 0.125 if self.width is None else self.width
+            return min(max(1, round(squeezed * conv.outputs)), conv.inputs)
         if self.to == "parallel":
             return 1
-        mean = max(1, round(self.width * math.sqrt(conv.inputs * conv.outputs)))
+        width = 1.0 if self.width is None else self.width
+        mean = max(1, round(width * math.sqrt(conv.inputs * conv.outputs)))
         window = 3 ** len(conv.kernel) if self.to == "stacked" else conv.kernel[-1]
         return min(mean, conv.inputs * window)  # more filters than that repeat each other
 
