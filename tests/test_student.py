@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused_and_the_original_untouched(task):
         (Student(net="lenet_5"), "lenet_5 does not fit the task: from_zoo: lenet_5: size must be"),
         (
             Student(net="gru_language_model", hidden=8),
-            "gru_language_model does not fit the task: Expected tensor for argument",
+            "gru_language_model does not fit the task: a language model takes tokens",
         ),
     ):
         with pytest.raises(RecipeError, match=said):
