@@ -142,7 +142,8 @@ class Statistics:
         def run_first(_: nn.Module, args: Any, kwargs: Any) -> None:
             first(*args, **kwargs)
 
-        probe.register_forward_pre_hook(run_first, with_kwargs=True)
+        if not diagonal:
+            probe.register_forward_pre_hook(run_first, with_kwargs=True)
         found = products(
             lambda: loss(probe), tensor_at(probe, site.name), diagonal, tensor_at(first, site.name)
         )

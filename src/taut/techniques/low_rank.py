@@ -256,7 +256,7 @@ class _Seen:
     def __init__(self, model: nn.Module, statistics: Statistics) -> None:
         self.model = clone(model)
         self.statistics = Statistics(self.model, statistics.loss)
-        assert self.statistics.first  # kept before anything changes
+        self.first = self.statistics.first  # copied before anything changes
 
     def now(self, site: Site) -> tuple[Tensor, Tensor | None]:
         """The weight to come near to, and the root of the moments of its inputs."""

@@ -70,16 +70,17 @@ class Widen(Reshaping):
         rng = np.random.default_rng(self.seed)
         wanted = {g.name: self._units(g, rng) for g in chosen_groups(self.name, self.only, groups)}
         asked = {n: k for n, k in wanted.items() if len(k) > groups[n].units}
-        before = _outputs(model, trace.example)
+        example = trace.example_on(model)
+        before = _outputs(model, example)
         keep = {}
         for name, units in asked.items():
-            why = _changes(clone(model), groups, {name: units}, trace.example, before)
+            why = _changes(clone(model), groups, {name: units}, example, before)
             if why:
                 _log.warning("widen: %s stays as it was: %s", name, why)
             else:
                 keep[name] = units
                 _log.info("widen: %s: %d units of %d", name, len(units), groups[name].units)
-        why = _changes(clone(model), groups, keep, trace.example, before) if keep else "no group"
+        why = _changes(clone(model), groups, keep, example, before) if keep else "no group"
         if why:
             raise RecipeError(
                 f"widen: no width of this network can change by {self.ratio:g} alone ({why}); name "
