@@ -11,6 +11,7 @@ import taut
 from taut.aim import Aim, Price, coded_bytes
 from taut.container import encode
 from taut.errors import RecipeError
+from taut.layers import run_dense
 from taut.modules import clone, tensor_at
 from taut.pack import inspect, packed_state
 from taut.recoding import chain, chains
@@ -19,6 +20,8 @@ from taut.schedules import advance, settled
 from taut.sparse_weight import SparseWeight
 from taut.techniques import CodeLength, PruneWeights
 from taut.techniques.code_length import Integers, Rounded, code_length
+from taut.tune import tune
+from taut.zoo import TransformerLanguageModel
 
 TRAINING = Recover(epochs=40, learning_rate=5e-3)
 
@@ -235,3 +238,19 @@ def test_the_price_rises_over_the_first_third_and_is_steered_by_an_aim(trained, 
     first = steered.now(0.0, 1e5)
     assert steered.now(0.5, 1e5) > 10 * first  # far too large by now
     assert steered.now(0.9, 100.0) < steered.now(0.9, 1e5)
+
+
+def test_bare_parameters_are_coded_and_the_layers_beside_them_stay_free_to_choose(tmp_path):
+    def fresh():
+        return TransformerLanguageModel(40, 32, 4, 1, 16)
+
+    tokens = torch.randint(0, 40, (8, 16))
+    task = taut.Task(train=[(tokens, tokens)], test=[(tokens, tokens)])
+    model = fresh()
+    assert taut.trace(model, task.example()).site("positions").kind == "vector"
+    taut.pack(taut.apply(model, CodeLength(), task), tmp_path / "net.taut")
+    loaded = taut.load(tmp_path / "net.taut", fresh())
+    assert "positions" not in dict(loaded.named_parameters())
+    run_dense(loaded, False)
+    torch.testing.assert_close(loaded(tokens), model.eval()(tokens))
+    assert {"blocks.0.fc1", "head"} <= {choice.layer for choice in tune(loaded, tokens, 0.001)}

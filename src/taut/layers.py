@@ -50,7 +50,7 @@ class Packed(nn.Module):
         if name in self._decoded:
             return self._decoded[name]
         dense = cast(PackedWeight, self.packed[name]).dense().to(self._dtypes[name])
-        if self.runs_dense or dense.dim() < 2:
+        if self.runs_dense or not self.multiplies or dense.dim() < 2:
             self._decoded[name] = dense
             self.__dict__[name] = dense  # found without __getattr__ from now on
         return dense
@@ -72,8 +72,9 @@ class Packed(nn.Module):
 
     @property
     def multiplies(self) -> bool:
-        """Whether any of its packed weights is a matrix; vectors always run decoded."""
-        return any(len(cast(PackedWeight, w).shape) > 1 for w in self.packed.values())
+        """Whether any of its packed weights is a layer's matrix; vectors always run decoded."""
+        matrices = any(len(cast(PackedWeight, w).shape) > 1 for w in self.packed.values())
+        return matrices and isinstance(self, tuple(kind for kind, _ in _KINDS))
 
     def decoded_bytes(self) -> int:
         """What the dense copies take beside the packed weights, once the layer runs dense."""

@@ -50,8 +50,9 @@ class Feed:
 class Trace:
     """Sites in the order of execution, work per example, and the links between sites.
 
-    vectors: the one-dimensional parameters, biases and norms. dropouts: for each dropout module the
-    first site after it. norms: for each site whose outputs a batch norm alone reads, its path.
+    vectors: what no site holds: biases, norms, and bare parameters such as a table of positions.
+    dropouts: for each dropout module the first site after it. norms: for each site whose outputs a
+    batch norm alone reads, its path.
     """
 
     sites: tuple[Site, ...]
@@ -222,9 +223,10 @@ class _Reader:
 
     def read(self) -> Trace:
         self._walk(self.module)
+        sites = self._sites()
         return Trace(
-            sites=self._sites(),
-            vectors=self._vectors(),
+            sites=sites,
+            vectors=self._vectors(sites),
             parameters=sum(p.numel() for p in self.model.parameters()),
             macs=self.macs // self.batch,
             feeds=self._feeds(),
@@ -354,12 +356,13 @@ class _Reader:
             for name, (kind, macs) in self.work.items()
         )
 
-    def _vectors(self) -> tuple[Site, ...]:
+    def _vectors(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        taken = {name for site in sites for name in site.names}
         return tuple(
             Site(name=name, kind="vector", shape=tuple(value.shape), macs=0,
                  aliases=self.aliases[name])
             for name, value in self.model.named_parameters()
-            if value.dim() == 1 and value.is_floating_point()
+            if name not in taken and value.dim() and value.is_floating_point()
         )  # fmt: skip
 
     def _norms(self) -> dict[str, str]:

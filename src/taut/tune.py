@@ -64,7 +64,8 @@ def _outermost(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, layer in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        multiplies = any(p.multiplies for p in packed_layers(layer).values())
+        packed = [layer] if isinstance(layer, Packed) else packed_layers(layer).values()
+        multiplies = any(p.multiplies for p in packed)
         if not inside and isinstance(layer, _RUN_AS_ONE) and multiplies:
             found[name] = layer
     return found

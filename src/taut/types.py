@@ -18,8 +18,8 @@ class Site:
     """One place where a weight lives: `encoder.rnn.weight_hh_l0`, its kind, shape and work.
 
     macs are multiply-accumulates for one example. aliases are further names of the same tensor
-    (a tied weight is one site). The one-dimensional parameters, biases and norms, are vectors: most
-    techniques leave them alone.
+    (a tied weight is one site). What is no layer's weight is a vector, of any shape: biases, norms,
+    tables of positions. Most techniques leave them alone.
     """
 
     name: str
