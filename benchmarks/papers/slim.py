@@ -52,9 +52,9 @@ SLIM = Smaller(
     f"{FAST} > recover(epochs=6, learning_rate=4e-3, weight_decay=0.02, distill=0)",
     f"{FAST} > regularise(kind='slimming', weight=2e-4) > "
     "recover(epochs=1, learning_rate=2e-3, temperature=2) > "
-    "prune_channels(criterion='scale', ranking='global', of='macs', ratio=0.6, round_to=8) > "
+    "prune_channels(criterion='scale', ranking='global', of='macs', ratio=0.68, round_to=8) > "
     "regularise(kind='slimming', weight=0.0) > "
-    "recover(epochs=6, learning_rate=4e-3, weight_decay=0.02, temperature=2)",
+    "recover(epochs=10, learning_rate=4e-3, weight_decay=0.02, temperature=2)",
 )
 
 
