@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from taut.activations import InputForm, may_round
+from taut.activations import InputForm, reads_once
 from taut.errors import RecipeError
 from taut.fake_quantization import HalfFloats, LearnedSteps, Projected, Steps, WholeNumbers
 from taut.modules import tensor_at
@@ -234,8 +234,7 @@ class Quantize(Recoding):
     # ---- inputs -------------------------------------------------------------------------
 
     def blank_input(self, model: nn.Module, site: Site) -> InputForm | None:
-        path, _, name = site.name.rpartition(".")
-        if not self.activations or name != "weight" or not may_round(model, path):
+        if not self.activations or not reads_once(model, site):
             return None
         return self._input(torch.ones(0 if self.dynamic else 1), signed=True)
 
