@@ -58,7 +58,6 @@ FLOORS = (
     },
     {"mask", "selection", "dead_units", "shared_weight", "affine_weight", "unit_cuts"},
     {"fake_quantization", "norms", "engine_ops"},
-    {"engine_graph"},
     {"techniques"},
     {"task", "goal", "recipe", "tune", "regularise", "rounded_gradients", "aim", "dreams", "watch"},
     {"schedules", "training", "teacher_cache"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from taut.activations import LevelCode, StepCode
 from taut.affine_weight import AffineWeight
 from taut.bit_weight import BitWeight
-from taut.engine_graph import graph_of, onnx_of
 from taut.engine_ops import Operation, operation_of
 from taut.errors import ExportError
+from taut.export import export
+from taut.export.job import Job
+from taut.export.onnx_file import model_of, save
+from taut.export.targets import TARGETS
 from taut.hashed_weight import Drawing, HashedWeight
 from taut.kernels import Levels
 from taut.kernels import openvino as built
@@ -241,11 +245,20 @@ def alike(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
+def kept_onnx(network: nn.Module, x: Tensor, to: Path) -> bytes:
+    """The ONNX file that OpenVINO reads of a network whose layers stay compressed."""
+    job = Job(packed=network, example=((x,), {}), about={}, keep=True)
+    save(model_of(job, TARGETS["openvino"].module().opened), to)
+    return to.read_bytes()
+
+
 @pytest.fixture(scope="module")
-def residual_file():
+def residual_file(library, tmp_path_factory):
+    """A packed network, and its ONNX file with Taut's operations."""
     torch.manual_seed(1)
     network = residual()
-    return network, onnx_of(network, (torch.randn(1, 3, 12, 12),))
+    folder = tmp_path_factory.mktemp("residual")
+    return network, kept_onnx(network, torch.randn(2, 3, 12, 12), folder / "net.onnx")
 
 
 def test_norms_sums_and_relu_go_into_the_operations(residual_file):
@@ -279,17 +292,55 @@ class Steps(nn.Module):
         return self.norm(self.fc(x))
 
 
-def test_a_norm_over_other_channels_stays_where_it_is(core):
+def test_a_norm_over_other_channels_stays_where_it_is(core, tmp_path):
     network = Steps()
     pack_layer(network.fc, {"weight": shared((5, 6), 16)})
     x = torch.randn(2, 5, 6)
-    alike(answer(core, onnx_of(network.eval(), (x,)), x), network(x).detach())
+    file = kept_onnx(network.eval(), x, tmp_path / "net.onnx")
+    alike(answer(core, file, x), network(x).detach())
 
 
-def test_layers_that_are_not_wanted_are_decoded(residual_file):
-    network = residual_file[0]
-    model = graph_of(network, (torch.randn(2, 3, 12, 12),), lambda path, _: path != "fc")
-    assert [n.op_type for n in model.graph if n.domain == "taut"] == ["BitplaneConv2d"] * 2
+def test_export_keeps_layers_compressed_and_brings_the_library(library, residual_file, tmp_path):
+    network, x = residual_file[0], torch.randn(3, 3, 12, 12)
+    found = export(network, tmp_path / "net.xml", x)
+    kinds = {"convs.0": "BitplaneConv2d", "convs.1": "BitplaneConv2d", "fc": "LookupMatmul"}
+    assert found.kept == kinds
+    assert found.decoded == ""
+    assert found.library == tmp_path / "net.taut.so"
+    assert found.library.read_bytes() == library.read_bytes()
+    assert found.size_bytes == sum((tmp_path / f"net{s}").stat().st_size for s in (".xml", ".bin"))
+    assert found.network is not None
+    alike(found.network(x), network(x).detach())
+    core = openvino.Core()  # as another program loads it
+    with pytest.raises(RuntimeError, match="BitplaneConv2d"):
+        core.read_model(found.path)
+    core.add_extension(str(found.library))
+    alike(answer(core, found.path, x), network(x).detach())
+    decoded = export(network, tmp_path / "decoded.xml", x, keep="none")
+    assert (decoded.kept, decoded.library, decoded.decoded) == ({}, None, "keep='none'")
+    assert openvino.Core().read_model(decoded.path) is not None
+    assert found.size_bytes < decoded.size_bytes
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "decoded.bin", "decoded.xml", "net.bin", "net.taut.so", "net.xml"
+    ]  # fmt: skip
+
+
+def test_layers_are_decoded_where_the_library_cannot_be_built(tmp_path, monkeypatch):
+    def none():
+        raise ExportError("no compiler here")
+
+    monkeypatch.setattr(importlib.import_module("taut.export"), "extension", none)
+    network, x = packed(nn.Linear(20, 30), shared((30, 20), 16)), torch.randn(2, 20)
+    found = export(network, tmp_path / "net.xml", x)
+    assert (found.kept, found.library, found.decoded) == ({}, None, "no compiler here")
+    with pytest.raises(ExportError, match="no compiler here"):
+        export(network, tmp_path / "net.xml", x, keep="all")
+    with pytest.raises(ExportError, match=r"keep must be auto, all, none, got 'al'; did you mean"):
+        export(network, tmp_path / "net.xml", x, keep="al")
+    with pytest.raises(ExportError, match="onnx takes none of Taut's operations"):
+        export(network, tmp_path / "net.onnx", x, keep="all")
+    plain_network = nn.Sequential(nn.Linear(20, 3)).eval()
+    assert export(plain_network, tmp_path / "net.xml", x).decoded == ""
 
 
 def test_a_program_in_c_plus_plus_prints_the_same_answers(library, residual_file, tmp_path):

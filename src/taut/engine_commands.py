@@ -52,6 +52,9 @@ def export_command(
     precision: Annotated[
         str, typer.Option(help="of the floats in the file: float32, float16, bfloat16")
     ] = "float32",
+    keep: Annotated[
+        str, typer.Option(help="layers compressed in OpenVINO by Taut's library: auto, all, none")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a network for another engine, and compare it there on the task's test data.
@@ -66,7 +69,7 @@ def export_command(
     task, net = packed_network(taut_file, task_file)
     found = export(
         net, path, to=to, task=task, dynamic_batch=not fixed_batch, dynamic_length=any_length,
-        precision=precision, about=recorded(taut_file),
+        precision=precision, keep=keep, about=recorded(taut_file),
     )  # fmt: skip
     if as_json:
         print_json({**_numbers(found)})
@@ -178,13 +181,19 @@ def _numbers(found: Exported) -> dict[str, Any]:
     return {
         "file": str(found.path), "engine": found.engine, "size_bytes": found.size_bytes,
         "agreement": asdict(found.agreement) if found.agreement else None,
-        "score": found.score, "packed_score": found.packed_score,
+        "kept": dict(found.kept), "library": str(found.library) if found.library else None,
+        "decoded": found.decoded, "score": found.score, "packed_score": found.packed_score,
     }  # fmt: skip
 
 
 def _print_exported(found: Exported) -> None:
     out.print(f"file    {found.path}", highlight=False, soft_wrap=True)
     out.print(f"bytes   {found.size_bytes:,}", highlight=False)
+    if found.library is not None:
+        out.print(f"library {found.library}", highlight=False, soft_wrap=True)
+        out.print(f"kept    {len(found.kept)} layers compressed, by operations of the library")
+    elif found.decoded:
+        out.print(f"layers that could stay compressed are decoded: {found.decoded}", markup=False)
     if found.agreement is not None:
         agreed = found.agreement
         out.print(

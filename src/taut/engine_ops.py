@@ -18,17 +18,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from taut.activations import InputCode, channels_at
 from taut.affine_weight import AffineWeight
 from taut.bit_weight import BitWeight
 from taut.hashed_weight import HashedWeight
 from taut.indexed_weight import IndexedWeight
 from taut.kernels import BitWeights, Levels
-from taut.layers import Packed, packed_layers
+from taut.layers import Packed
 from taut.packed import PackedWeight
 from taut.sparse_weight import SparseWeight
 
 DOMAIN = "taut"
+NAMES = (
+    "BitplaneMatmul", "BitplaneConv2d", "LookupMatmul", "HashedMatmul", "SparseMatmul",
+    "SparseConv2d",
+)  # fmt: skip
+"""Of all the operations."""
+
 _ALIGNED = 64
 _KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 """Of a sparse weight's values, in the order in which the operation counts them."""
@@ -203,21 +208,28 @@ def _row_scale(weight: PackedWeight) -> Tensor | None:
 
 
 class EngineLayer(nn.Module):
-    """A layer that only another engine computes: PyTorch traces it, and knows its shapes."""
+    """A layer that is one operation of another engine: exported as that, run as the packed layer.
+
+    Where `operation.rounds`, whoever exports it rounds what it reads.
+    """
 
     constant: Tensor
 
-    def __init__(self, operation: Operation, code: InputCode | None, dim: int) -> None:
+    def __init__(self, operation: Operation, like: Packed) -> None:
         super().__init__()
-        self.operation, self.dim = operation, dim
-        self.code = code if operation.rounds else None
+        self.operation = operation
+        self._like = [like]  # in a list: its weights are not exported
         self.register_buffer("constant", operation.constant())
+
+    @property
+    def layer(self) -> Packed:
+        """The packed layer that it stands for."""
+        return self._like[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """The operation, its channels where PyTorch has them."""
-        assert torch.compiler.is_exporting(), "an EngineLayer is exported, never run"
-        if self.code is not None:
-            x = self.code.rounded(x, self.dim)
+        if not torch.compiler.is_exporting():
+            return cast(Tensor, self.layer(x))
         y: Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{self.operation.name}", (x.float(), self.constant),
             self.operation.attributes, dtype=torch.float32, shape=self._shape(x), version=1,
@@ -255,11 +267,6 @@ def place(
             if operation is None or not wanted(path, operation):
                 continue
             found[path] = operation
-            made[id(module)] = EngineLayer(operation, module.input_code, channels_at(module))
+            made[id(module)] = EngineLayer(operation, module)
         network.set_submodule(path, made[id(module)])
     return found
-
-
-def left(network: nn.Module) -> list[str]:
-    """The packed layers that are still there: the engine runs them decoded."""
-    return sorted(packed_layers(network))

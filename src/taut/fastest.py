@@ -3,6 +3,7 @@
     eager     PyTorch, every layer decoded        compile   the same under torch.compile
     packed    PyTorch, each layer packed or decoded as `tune` finds faster
     onnx      ONNX Runtime                        openvino  OpenVINO, at the precision that it likes
+    openvino+taut    the same, with layers that stay compressed, in Taut's operations
 
 The first three run what torch.export makes of the network. An engine whose answers are off, that
 is not installed or that lacks an operation is told of, and takes no part.
@@ -30,6 +31,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from taut.engine_ops import operation_of
 from taut.errors import ExportError, TautError, did_you_mean
 from taut.export import export, resized
 from taut.export.check import EXACT, ROUNDED, difference
@@ -41,9 +43,10 @@ from taut.trace import Example
 from taut.tune import tune
 from taut.types import Latency
 
-ENGINES = ("eager", "compile", "packed", "onnx", "openvino")
+KEEPS = "openvino+taut"
+ENGINES = ("eager", "compile", "packed", "onnx", "openvino", KEEPS)
 _FILES = {"eager": "dense.pt2", "compile": "dense.pt2", "packed": "packed.pt2",
-          "onnx": "net.onnx", "openvino": "net.xml"}  # fmt: skip
+          "onnx": "net.onnx", "openvino": "net.xml", KEEPS: "kept.xml"}  # fmt: skip
 _ROUNDS = 5
 
 
@@ -109,8 +112,10 @@ def fastest(
         raise ExportError(f"fastest: no engine runs the network: {told}")
     best = race.latencies[0].engine
     run: nn.Module = packed
-    if best in ("onnx", "openvino"):
-        run = export(packed, folder / f"best-{_FILES[best]}", given).network or packed
+    if best in ("onnx", "openvino", KEEPS):
+        keep = "all" if best == KEEPS else "none"
+        file = folder / f"best-{_FILES[best]}"
+        run = export(packed, file, given, keep=keep).network or packed
     elif best == "packed":
         tune(packed, given)
     else:
@@ -192,6 +197,9 @@ def _write(packed: nn.Module, given: Example, engines: list[str], folder: Path) 
         if engine == "packed" and not any(p.multiplies for p in packed_layers(packed).values()):
             refused[engine] = "the network has no packed layers"
             continue
+        if engine == KEEPS and not any(map(operation_of, packed_layers(packed).values())):
+            refused[engine] = "no layer is one of Taut's operations"
+            continue
         if path.exists():
             continue
         if engine == "packed":
@@ -199,7 +207,8 @@ def _write(packed: nn.Module, given: Example, engines: list[str], folder: Path) 
         else:
             run_dense(packed, True)
         try:
-            export(packed, path, given, dynamic_batch=False)
+            keep = "all" if engine == KEEPS else "none"
+            export(packed, path, given, dynamic_batch=False, keep=keep)
         except TautError as error:
             refused[engine] = str(error)
     return refused

@@ -2,20 +2,22 @@
 
     net = taut.load("net.taut", MyNet())
     taut.export(net, "net.onnx", example)           ONNX Runtime; OpenVINO reads it too
-    taut.export(net, "net.xml", example)            OpenVINO
+    taut.export(net, "net.xml", example)            OpenVINO, with Taut's own operations in it
     taut.export(net, "net.pt2", example)            torch.export, with Taut's own products
     taut.export(net, "net.safetensors", example)    only the tensors, for other tools
 
 Reshaped networks go out as they are, quantized ones as whole numbers that the engine multiplies,
-everything else decoded (plain.py says how).
+everything else decoded (plain.py says how); for OpenVINO, layers of bits, indices, sparse rows and
+hashed buckets stay compressed (engine_ops.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
+from taut.engine_ops import operation_of
 from taut.errors import ExportError, RunError
 from taut.export.check import Agreement, agreement, first_apart, refuse
 from taut.export.job import (
@@ -34,7 +37,9 @@ from taut.export.job import (
     bound,
     check_precision,
 )
-from taut.export.targets import TARGETS, Runner, Target, target_of
+from taut.export.targets import LIBRARY, TARGETS, Runner, Target, check_keep, target_of
+from taut.kernels.openvino import extension
+from taut.layers import packed_layers
 from taut.pack import packed_copy
 from taut.task import Task
 from taut.trace import Example
@@ -51,7 +56,9 @@ class Exported:
 
     network: runs the file in its engine, called like the original; None where it holds tensors
     only. score, packed_score: on the task's test data, in the engine and of the packed network;
-    None without a task.
+    None without a task. size_bytes: of the file and its weights. kept: the layers that stay
+    compressed, by path, with the names of their operations; library: the file of these, for
+    `core.add_extension`. decoded: why none stays, where some could.
     """
 
     path: Path
@@ -61,6 +68,9 @@ class Exported:
     network: nn.Module | None
     score: float | None = None
     packed_score: float | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)
+    library: Path | None = None
+    decoded: str = ""
 
 
 class Running(nn.Module):
@@ -93,6 +103,7 @@ def export(
     dynamic_length: bool = False,
     precision: str = "float32",
     round_between: bool = True,
+    keep: str = "auto",
     about: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a network for another engine, run it there, and compare before it gets its name.
@@ -104,8 +115,10 @@ def export(
     take any size. precision: of the floats in the file: float32, float16 or bfloat16; they are
     computed with as the engine likes. round_between: whether sums and pools between layers whose
     inputs are rounded read rounded numbers, too, so that the engine never leaves whole numbers
-    (between.py); that takes a task, whose training data give the ranges. about: what the file is to
-    tell of itself, as JSON.
+    (between.py); that takes a task, whose training data give the ranges. keep: whether layers for
+    which Taut has an operation stay compressed in OpenVINO, which then needs Taut's library, put
+    beside the file: auto, where it can be built here; all, or else fail; none. about: what the file
+    is to tell of itself, as JSON.
 
     Raises ExportError for an engine that is not installed or lacks an operation, for a size that
     the network fixes, and for a file that does not agree: it is kept under another name then.
@@ -114,16 +127,19 @@ def export(
     target = target_of(path, to)
     module = target.module()
     check_precision(precision)
+    check_keep(keep, target)
     if example is None and task is None:
         raise ExportError("export: give an example, the input of one forward, or a task")
     packed = packed_copy(net)
     given = bound(packed, as_example(task.example() if example is None and task else example))
     outputs, spec = answers(packed, given)
+    kept, decoded = _keeps(packed, keep) if target.keeps else (False, "")
     job = Job(
         packed=packed, example=at_least_two(given) if dynamic_batch else given,
         dynamic_batch=dynamic_batch, dynamic_length=dynamic_length, precision=precision,
         about={**(task.about if task else {}), **(about or {})},
         calibration=_calibration(packed, task) if task and round_between and dynamic_batch else (),
+        keep=kept,
     )  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +161,9 @@ def export(
                 score, packed_score = task.evaluate(running), task.evaluate(packed)
             run = running = None
             _named(target, made, path)
+            library = path.with_suffix(LIBRARY) if kept else None
+            if library is not None:
+                os.replace(shutil.copy(extension(), made.with_suffix(LIBRARY)), library)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another "
@@ -153,6 +172,8 @@ def export(
     return Exported(
         path=path, engine=target.name, agreement=found, score=score, packed_score=packed_score,
         size_bytes=sum(f.stat().st_size for f in target.files(path) if f.exists()),
+        kept=job.plain.kept if kept else {}, decoded=decoded,
+        library=library,
         network=Running(module.opened(path, precision="auto"), packed, outputs, spec).eval()
         if target.runs
         else None,
@@ -163,6 +184,21 @@ def answers_of(net: nn.Module, given: Any) -> list[Tensor]:
     """The tensors that a network answers an input, a tensor, a tuple or (args, kwargs)."""
     found, _ = answers(net, bound(net, as_example(given)))
     return [t for t in found if isinstance(t, Tensor)]
+
+
+def _keeps(packed: nn.Module, keep: str) -> tuple[bool, str]:
+    """Whether layers stay compressed; and if not, but could, why."""
+    if not any(operation_of(layer) for layer in packed_layers(packed).values()):
+        return False, ""
+    if keep == "none":
+        return False, "keep='none'"
+    try:
+        extension()
+    except ExportError as error:
+        if keep == "all":
+            raise
+        return False, str(error)
+    return True, ""
 
 
 def _samples(job: Job, given: Example, task: Task | None) -> list[Example]:

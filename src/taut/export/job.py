@@ -26,6 +26,7 @@ class Job:
     """packed: the network, in eval mode; example: of at least two examples where the batch is to be
     free. precision: of the floats in the file. about: what the file tells of itself. calibration:
     inputs on which ranges are found of what lies between rounded layers; none: it is left alone.
+    keep: whether layers for which Taut has an operation stay compressed.
     """
 
     packed: nn.Module
@@ -35,11 +36,12 @@ class Job:
     precision: str = "float32"
     about: Mapping[str, Any]
     calibration: Sequence[Example] = ()
+    keep: bool = False
 
     @cached_property
     def plain(self) -> Plain:
         """The network as other engines understand it."""
-        return plain(self.packed)
+        return plain(self.packed, keep=self.keep)
 
     @cached_property
     def program(self) -> ExportedProgram:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from taut.export.between import KEPT, round_between
+from taut.export.fuse import fuse
 from taut.export.graph import graph_of, layer_of
 from taut.export.job import Job
 from taut.export.targets import Runner
@@ -33,8 +34,13 @@ def model_of(job: Job, opened: Opened) -> ir.Model:
     opened: opens ONNX files in the engine. Raises ExportError where the network fixes a dimension
     that was to be free.
     """
-    between = job.calibration and job.plain.rounds
-    finish = partial(round_between, seen=partial(_seen, job, opened)) if between else None
+
+    def finish(model: ir.Model) -> None:
+        if job.plain.kept:
+            fuse(model)
+        if job.calibration and job.plain.rounds:
+            round_between(model, partial(_seen, job, opened))
+
     model = graph_of(job.program, job.plain.integers, finish)
     for value in model.graph.inputs:
         job.refuse_fixed(str(value.name), value.shape or ())

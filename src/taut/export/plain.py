@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from taut.activations import InputCode, LevelCode, StepCode, channels_at, nearest_step
 from taut.affine_weight import AffineWeight
+from taut.engine_ops import EngineLayer, place
 from taut.export.recurrent import as_operations
 from taut.kernels import Levels
 from taut.layers import packed_layers, unpack_layer
@@ -45,23 +46,33 @@ class Integers:
 class Plain:
     """A network of plain layers, and by parameter name the weights that are whole numbers.
 
-    rounds: whether any layer's input is rounded.
+    rounds: whether any layer's input is rounded. kept: the layers that stay compressed, by path,
+    with the names of Taut's operations that run them.
     """
 
     network: nn.Module
     integers: Mapping[str, Integers]
     rounds: bool
+    kept: Mapping[str, str]
 
 
-def plain(packed: nn.Module, all_layers: bool = True) -> Plain:
+def plain(packed: nn.Module, all_layers: bool = True, keep: bool = False) -> Plain:
     """A plain copy of a packed network, with the same answers.
 
-    all_layers: else those that run packed now are left as they are.
+    all_layers: else those that run packed now are left as they are. keep: whether layers for which
+    Taut has an operation become that.
     """
     copied = clone(packed).eval()
+    kept = {path: o.name for path, o in place(copied).items()} if keep else {}
     integers: dict[str, Integers] = {}
     made: dict[int, tuple[nn.Parameter, Integers | None]] = {}
     rounds = False
+    for placed in {m for m in copied.modules() if isinstance(m, EngineLayer)}:
+        code = placed.layer.input_code
+        if code is not None:
+            rounds = True
+            if placed.operation.rounds:
+                placed.register_forward_pre_hook(_Rounds(code, channels_at(placed.layer)))
     for path, layer in packed_layers(copied).items():
         if not (all_layers or layer.runs_dense):
             continue
@@ -80,7 +91,7 @@ def plain(packed: nn.Module, all_layers: bool = True) -> Plain:
             rounds = True
             layer.register_forward_pre_hook(_Rounds(code, channels_at(layer)))
     as_operations(copied)
-    return Plain(network=copied, integers=integers, rounds=rounds)
+    return Plain(network=copied, integers=integers, rounds=rounds, kept=kept)
 
 
 def as_integers(weight: PackedWeight) -> Integers | None:

@@ -19,6 +19,12 @@ from torch import Tensor
 
 from taut.errors import ExportError, did_you_mean
 
+LIBRARY = ".taut.so"
+"""Ends the library of Taut's operations, which lies beside an OpenVINO file that needs it."""
+
+KEEP = ("auto", "all", "none")
+"""Which layers stay compressed: those that can, or else fail; none."""
+
 Runner = Callable[[Sequence[Tensor]], list[Tensor]]
 """Runs a file: the tensors that the forward takes, in order → the tensors that it gives."""
 
@@ -28,6 +34,7 @@ class Target:
     """An engine: what it is called, how its files end, the packages it needs, and their extra.
 
     runs: whether its files can be run here, so that they are compared; some only hold numbers.
+    keeps: whether it takes Taut's operations, so that layers stay compressed.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Target:
     extra: str = ""
     beside: tuple[str, ...] = ()
     runs: bool = True
+    keeps: bool = False
 
     def module(self) -> Any:
         """Its module. Raises ExportError, with the command that installs what is missing."""
@@ -48,7 +56,7 @@ class Target:
         return importlib.import_module(f"taut.export.to_{self.name}")
 
     def files(self, path: Path) -> list[Path]:
-        """The file and those that belong to it."""
+        """The file, and those of its weights."""
         return [path, *(path.with_suffix(s) for s in self.beside)]
 
 
@@ -61,7 +69,7 @@ TARGETS = {
         ),
         Target(
             name="openvino", suffix=".xml", packages=("onnx", "onnxscript", "openvino"),
-            extra="openvino", beside=(".bin",),
+            extra="openvino", beside=(".bin",), keeps=True,
         ),
         Target(name="torch", suffix=".pt2"),
         Target(name="aoti", suffix=".pt2"),
@@ -89,6 +97,19 @@ def target_of(path: Path, name: str | None) -> Target:
     if name not in TARGETS:
         raise ExportError(f"export: there is no engine {name!r}{did_you_mean(name, TARGETS)}")
     return TARGETS[name]
+
+
+def check_keep(keep: str, target: Target) -> None:
+    """Raise ExportError for a choice that there is not, or that an engine does not have."""
+    if keep not in KEEP:
+        raise ExportError(
+            f"export: keep must be {', '.join(KEEP)}, got {keep!r}{did_you_mean(keep, KEEP)}"
+        )
+    if keep == "all" and not target.keeps:
+        raise ExportError(
+            f"export: {target.name} takes none of Taut's operations, so keep='all' is not for it; "
+            "only OpenVINO's files (.xml) have them"
+        )
 
 
 def check_count(tensors: Sequence[Tensor], names: Sequence[str]) -> None:

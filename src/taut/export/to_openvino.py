@@ -1,4 +1,7 @@
-"""OpenVINO files: an .xml and the .bin that belongs to it; and OpenVINO, which runs them."""
+"""OpenVINO files: an .xml and the .bin that belongs to it; and OpenVINO, which runs them.
+
+Files that name any of Taut's operations are read with the library of these.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ import openvino
 import torch
 from torch import Tensor
 
+from taut.engine_ops import NAMES
 from taut.errors import ExportError
 from taut.export import onnx_file
 from taut.export.job import Job
 from taut.export.targets import Runner, check_count
+from taut.kernels.openvino import extension
 
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -26,7 +31,7 @@ def write(job: Job, path: Path) -> None:
         between = Path(folder) / "net.onnx"
         onnx_file.save(onnx_file.model_of(job, opened), between)
         try:
-            model = openvino.Core().read_model(between)
+            model = _core(between).read_model(between)
         except RuntimeError as error:
             raise ExportError(onnx_file.refused("OpenVINO", path, error)) from error
         for key, value in onnx_file.about(between).items():
@@ -46,7 +51,7 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
     if precision != "auto":
         options["INFERENCE_PRECISION_HINT"] = _HINTS[precision]
     try:
-        compiled = openvino.Core().compile_model(path, "CPU", options)
+        compiled = _core(path).compile_model(path, "CPU", options)
     except RuntimeError as error:
         raise ExportError(onnx_file.refused("OpenVINO", path, error)) from error
     request = compiled.create_infer_request()
@@ -64,9 +69,18 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
     return run
 
 
+def _core(path: Path) -> openvino.Core:
+    """OpenVINO, with Taut's operations where a file names any of them."""
+    core = openvino.Core()
+    content = path.read_bytes() if path.is_file() else b""
+    if any(name.encode() in content for name in NAMES):
+        core.add_extension(str(extension()))
+    return core
+
+
 def about(path: Path) -> dict[str, Any]:
     """What a file tells of itself."""
-    model = openvino.Core().read_model(path)
+    model = _core(path).read_model(path)
     if not model.has_rt_info(["taut"]):
         return {}
     found = model.get_rt_info(["taut"])

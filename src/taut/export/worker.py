@@ -25,7 +25,7 @@ def runner(way: str, path: Path, threads: int) -> Runner:
     """What runs a file this way: an engine's name, or eager, compile, packed: PyTorch's file."""
     if way == "compile":
         return TARGETS["torch"].module().opened(path, threads, compiled=True)  # type: ignore[no-any-return]
-    name = way if way in ("onnx", "openvino") else "torch"
+    name = way.partition("+")[0] if way.startswith(("onnx", "openvino")) else "torch"
     return TARGETS[name].module().opened(path, threads, "auto")  # type: ignore[no-any-return]
 
 

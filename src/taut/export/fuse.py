@@ -1,8 +1,6 @@
-"""The ONNX graph of a network whose packed layers are operations of the domain `taut`.
+"""What stands around Taut's operations goes into them: an ONNX graph made smaller.
 
-    model = graph_of(net, example)         an onnxscript.ir.Model; `onnx_of` gives its bytes
-    core = openvino.Core(); core.add_extension(taut.kernels.openvino.extension())
-    core.read_model(onnx_of(net, example))
+    y = max(scale[o] · product(x, weight) + shift[o] + beside, 0)
 
 What follows an operation goes into it: batch norms into its scale and shift, and where nothing
 else reads what lies between, the sum of a residual block and ReLU. Binary convolutions read and
@@ -11,78 +9,20 @@ write their channels last, so that chains of them never turn an image round.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from onnxscript import ir
 
-from taut.engine_ops import DOMAIN, Operation, place
-from taut.layers import packed_layers, run_dense
-from taut.modules import clone
+from taut.engine_ops import DOMAIN
 
-OPSET = 21
 _LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations to channels last, and back
 
 
-def onnx_of(
-    network: nn.Module, example: tuple[Tensor, ...],
-    wanted: Callable[[str, Operation], bool] = lambda path, operation: True,
-) -> bytes:  # fmt: skip
-    """The ONNX file of a packed network, for an engine that has loaded Taut's operations.
-
-    example: its inputs, whose first dimension may have any size later. wanted: chooses the layers
-    that become operations, by path; the others are decoded. The network stays untouched.
-
-    It takes the extra `onnx`.
-    """
-    from onnxscript import ir
-
-    model = graph_of(network, example, wanted)
-    return ir.serde.serialize_model(model).SerializeToString()  # type: ignore[no-any-return]
-
-
-def graph_of(
-    network: nn.Module, example: tuple[Tensor, ...],
-    wanted: Callable[[str, Operation], bool] = lambda path, operation: True,
-) -> Any:  # fmt: skip
-    """The same as an `onnxscript.ir.Model`."""
-    placed = clone(network).eval()
-    place(placed, wanted)
-    run_dense(placed, True)
-    for layer in packed_layers(placed).values():  # what is left, decoded before it is traced
-        for name in layer.packed:
-            layer.decoded(name)
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in example)
-    bigger = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if len(x) < 2 else x for x in example)
-    with torch.no_grad():
-        program = torch.export.export(placed, bigger, dynamic_shapes=shapes, strict=False)
-    model = translated(program)
-    fuse(model)
-    return model
-
-
-def translated(program: torch.export.ExportedProgram) -> Any:
-    """A traced program as ONNX, Taut's operations in their own domain."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = torch.onnx.export(
-            program, dynamo=True, verbose=False, opset_version=OPSET, optimize=True
-        )
-    assert made is not None
-    made.model.graph.opset_imports[DOMAIN] = 1
-    return made.model
-
-
-# ---- what an operation does besides -----------------------------------------------------------
-
-
-def fuse(model: Any) -> None:
-    """Put what stands around Taut's operations into them; an `onnxscript.ir.Model`, in place."""
-    graph = model.graph
+def fuse(model: ir.Model) -> None:
+    """Put what stands around Taut's operations into them, in place."""
+    graph: Any = model.graph
+    graph.opset_imports[DOMAIN] = 1
     turned: dict[Any, Any] = {}
     for node in [n for n in graph if n.domain == DOMAIN]:
         if node.op_type == "BitplaneConv2d":
@@ -99,16 +39,12 @@ def fuse(model: Any) -> None:
 
 
 def _channels_last(graph: Any, node: Any, turned: dict[Any, Any]) -> None:
-    from onnxscript import ir
-
     node.replace_input_with(0, _turned(graph, node.inputs[0], turned, node))
     node.attributes["channels_last"] = ir.AttrInt64("channels_last", 1)
 
 
 def _turned(graph: Any, value: Any, turned: dict[Any, Any], before: Any) -> Any:
     """The value with its channels last, made once."""
-    from onnxscript import ir
-
     maker = value.producer()
     if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
         return maker.inputs[0]
@@ -155,8 +91,6 @@ def _only_reader(graph: Any, value: Any) -> Any:
 
 
 def _replace(graph: Any, old: Any, new: Any) -> None:
-    from onnxscript import ir
-
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         new.name = old.name
@@ -176,8 +110,6 @@ def _take_norm(graph: Any, node: Any, norm: Any) -> bool:
 
 
 def _take_relu(node: Any) -> bool:
-    from onnxscript import ir
-
     node.attributes["relu"] = ir.AttrInt64("relu", 1)
     return True
 
@@ -205,8 +137,6 @@ def _ends(node: Any) -> tuple[Any, Any]:
 
 
 def _rewrite(graph: Any, node: Any, scale: Any, shift: Any) -> None:
-    from onnxscript import ir
-
     old = node.inputs[1]
     raw = old.const_value.numpy().copy()
     each = -(-len(scale) * 4 // 64) * 64
