@@ -52,14 +52,16 @@ def graph_of(
         if name in graph.initializers:  # tied weights stand there once
             _place(graph, graph.initializers[name], numbers)
     optimize_ir(model, should_fold=_may_fold)
-    _split_gemms(graph)
+    _settle_gemms(graph)
     for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
         _move_down(graph, node)
     _fold_norms(graph)
     optimize_ir(model, should_fold=_may_fold)
     if finish is not None:
         finish(model)
-    if not any(n.op_type == "QuantizeLinear" for n in graph):
+    if any(n.op_type == "QuantizeLinear" for n in graph):
+        _tell_zeros(graph)
+    else:
         _narrow(graph)
     _name_nodes(graph)
     for value in graph.initializers.values():
@@ -206,8 +208,12 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
     return [int(n) for n in value.const_value.numpy().reshape(-1)]
 
 
-def _split_gemms(graph: ir.Graph) -> None:
-    """Products of whole numbers and their biases apart: engines know a whole MatMul best."""
+def _settle_gemms(graph: ir.Graph) -> None:
+    """Products of whole numbers in the form in which engines know them best.
+
+    Where the input is rounded: a Gemm that reads its weight as it lies, and whose bias is whole
+    numbers, too (b = sx · sw · n, n: int32). Else a MatMul, and the bias apart.
+    """
     for node in [n for n in graph if n.op_type == "Gemm"]:
         weight = node.inputs[1]
         source = None if weight is None else weight.producer()
@@ -217,9 +223,14 @@ def _split_gemms(graph: ir.Graph) -> None:
         if not plain or _int(node, "transA", 0):
             continue
         turned = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
-        made = [turned, ir.node("MatMul", [node.inputs[0], turned.outputs[0]])]
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
+        x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        whole = _whole_bias(graph, x, source, bias)
+        if whole is not None:
+            made = [turned, whole, ir.node("Gemm", [x, turned.outputs[0], whole.outputs[0]])]
+        else:
+            made = [turned, ir.node("MatMul", [x, turned.outputs[0]])]
+            if bias is not None:
+                made.append(ir.node("Add", [made[-1].outputs[0], bias]))
         for new in made:
             new.metadata_props.update(node.metadata_props)
         old, result = node.outputs[0], made[-1].outputs[0]
@@ -227,6 +238,50 @@ def _split_gemms(graph: ir.Graph) -> None:
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.insert_before(node, made)
         graph.remove(node, safe=True)
+
+
+def _whole_bias(
+    graph: ir.Graph, x: ir.Value | None, weight: ir.Node, bias: ir.Value | None
+) -> ir.Node | None:
+    """A bias in the steps of the sums that it is added to; None where these are not fixed."""
+    rounding = None if x is None else x.producer()
+    if (
+        rounding is None
+        or rounding.op_type != "DequantizeLinear"
+        or "block_size" in weight.attributes
+    ):
+        return None
+    given = (rounding.inputs[1], weight.inputs[1], bias)
+    if any(v is None or v.const_value is None for v in given):
+        return None
+    step_in, step, floats = (v.const_value.numpy() for v in given)  # type: ignore[union-attr]
+    steps = np.broadcast_to((step_in * step).astype(np.float32), floats.shape)
+    numbers = np.round(floats / steps.astype(np.float64))
+    if np.abs(numbers).max(initial=0) > np.iinfo(np.int32).max:
+        return None
+    assert bias is not None
+    parts = {
+        "numbers": numbers.astype(np.int32),
+        "step": steps,
+        "zero": np.zeros_like(numbers, np.int32),
+    }
+    constants = [
+        _constant(graph, f"{bias.name}.{k}", np.ascontiguousarray(v)) for k, v in parts.items()
+    ]
+    return ir.node("DequantizeLinear", constants, attributes={"axis": 0})
+
+
+def _tell_zeros(graph: ir.Graph) -> None:
+    """Name the zero of weights that meet rounded inputs: ONNX Runtime's products ask for it."""
+    for node in [n for n in graph if n.op_type == "DequantizeLinear" and len(n.inputs) == 2]:
+        readers = {user.op_type for user, _ in node.outputs[0].uses()}
+        step = node.inputs[1]
+        if not readers & {"Conv", "Gemm", "MatMul"} or step is None or step.const_value is None:
+            continue
+        if "block_size" not in node.attributes:
+            zeros = np.zeros(step.const_value.numpy().shape, np.int8)
+            node.resize_inputs(3)
+            node.replace_input_with(2, _constant(graph, f"{node.outputs[0].name}.zero", zeros))
 
 
 def _narrow(graph: ir.Graph) -> None:
