@@ -94,7 +94,7 @@ def test_compress_takes_the_latency_of_the_engine_it_is_told(trained, task, tmp_
 
 
 def test_latencies_of_one_engine_and_of_the_fastest(net, task, monkeypatch):
-    def told(net, example, *, batch, engines):
+    def told(net, example, *, batch, engines, task):
         times = {"eager": 2.0, "onnx": 1.0}
         each = {"batch": batch, "threads": 1, "iqr_ms": 0.1, "runs": 5}
         found = [Latency(engine=e, median_ms=times[e], **each) for e in engines if e in times]

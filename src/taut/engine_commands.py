@@ -122,8 +122,9 @@ def bench_command(
     task, net = packed_network(taut_file, task_file)
     names = [e.strip() for e in engines.split(",") if e.strip()]
     found = race(
-        net, task.example(batch), batch=batch, threads=threads, engines=names, seconds=seconds
-    )
+        net, task.example(batch), batch=batch, threads=threads, engines=names, seconds=seconds,
+        task=task,
+    )  # fmt: skip
     if as_json:
         print_json(asdict(found))
     else:

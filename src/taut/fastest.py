@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from taut.engine_ops import operation_of
 from taut.errors import ExportError, TautError, did_you_mean
 from taut.export import export, resized
-from taut.export.check import EXACT, ROUNDED, difference
+from taut.export.check import EXACT, ROUNDED, difference, length
 from taut.export.job import as_example, bound
 from taut.layers import packed_layers, run_dense
 from taut.pack import packed_copy
@@ -74,15 +75,24 @@ class Race:
 class Fastest(nn.Module):
     """A network in its fastest engine: called like the original, answering alike.
 
-    engine: its name; race: what was measured.
+    engine: its name; race: what was measured. run: takes inputs of as many examples as were timed;
+    for others, `other` makes what runs them, the first time that they come.
     """
 
-    def __init__(self, engine: str, race: Race, run: nn.Module) -> None:
+    def __init__(
+        self, engine: str, race: Race, run: nn.Module, other: Callable[[], nn.Module]
+    ) -> None:
         super().__init__()
         self.engine, self.race, self.run = engine, race, run
+        self._other, self._batch = other, race.latencies[0].batch
+
+    @cached_property
+    def _any(self) -> nn.Module:
+        return self._other().eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        alike = length(args, kwargs) == self._batch
+        return (self.run if alike else self._any)(*args, **kwargs)
 
 
 def fastest(
@@ -94,16 +104,18 @@ def fastest(
     engines: Iterable[str] = ENGINES,
     seconds: float = 1.0,
     show: bool = True,
+    task: Task | None = None,
 ) -> Fastest:
     """Time a network in every engine, and return it in the fastest.
 
     net: packed, with forms, or plain. example: an input, as `taut.export` takes it; batch: repeats
     or cuts it to so many examples. threads: of each engine, by default PyTorch's. seconds: that
-    each is timed, in turns of a fifth. show: whether the table is printed.
+    each is timed, in turns of a fifth. show: whether the table is printed. task: as `taut.export`
+    takes it: with its data, engines stay in whole numbers between layers whose inputs are rounded.
 
     Raises ExportError where no engine could run it.
     """
-    race, folder, packed, given = _race(net, example, batch, threads, engines, seconds)
+    race, folder, packed, given = _race(net, example, batch, threads, engines, seconds, task)
     if show:
         Console().print(race.table())
     if not race.latencies:
@@ -112,16 +124,24 @@ def fastest(
         raise ExportError(f"fastest: no engine runs the network: {told}")
     best = race.latencies[0].engine
     run: nn.Module = packed
-    if best in ("onnx", "openvino", KEEPS):
+
+    def written(any_batch: bool) -> nn.Module:
+        path = folder / ("any" if any_batch else "best") / _FILES[best]
         keep = "all" if best == KEEPS else "none"
-        file = folder / f"best-{_FILES[best]}"
-        run = export(packed, file, given, keep=keep).network or packed
+        made = export(packed, path, given, task=task, dynamic_batch=any_batch, keep=keep).network
+        assert made is not None
+        return made
+
+    filed = best in ("onnx", "openvino", KEEPS)
+    if filed:
+        run = written(False)
     elif best == "packed":
         tune(packed, given)
     else:
         run_dense(packed, True)
         run = cast(nn.Module, torch.compile(packed)) if best == "compile" else packed
-    found = Fastest(best, race, run.eval())
+    other = partial(written, True) if filed else lambda: run
+    found = Fastest(best, race, run.eval(), other)
     weakref.finalize(
         found, shutil.rmtree, folder, ignore_errors=True
     )  # OpenVINO reads it as it runs
@@ -130,10 +150,10 @@ def fastest(
 
 def race(
     net: nn.Module, example: Any, *, batch: int | None = None, threads: int | None = None,
-    engines: Iterable[str] = ENGINES, seconds: float = 1.0,
+    engines: Iterable[str] = ENGINES, seconds: float = 1.0, task: Task | None = None,
 ) -> Race:  # fmt: skip
     """What `fastest` measures, alone."""
-    found, folder, _, _ = _race(net, example, batch, threads, engines, seconds)
+    found, folder, _, _ = _race(net, example, batch, threads, engines, seconds, task)
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
@@ -150,7 +170,7 @@ def latencies(
     engines = {"auto": ENGINES, "packed": ("packed", "eager")}.get(engine, (engine,))
     found = []
     for batch in batches:
-        run = race(net, task.example(batch), batch=batch, engines=engines)
+        run = race(net, task.example(batch), batch=batch, engines=engines, task=task)
         if not run.latencies:
             told = "; ".join(run.refused.values())
             raise ExportError(f"{engine} does not run the network: {told}")
@@ -160,7 +180,7 @@ def latencies(
 
 def _race(
     net: nn.Module, example: Any, batch: int | None, threads: int | None, engines: Iterable[str],
-    seconds: float,
+    seconds: float, task: Task | None,
 ) -> tuple[Race, Path, nn.Module, Example]:  # fmt: skip
     wanted = list(dict.fromkeys(engines))
     for engine in wanted:
@@ -179,7 +199,7 @@ def _race(
         given = resized(given, batch)
     folder = Path(tempfile.mkdtemp(prefix="taut-"))
     try:
-        refused = _write(packed, given, wanted, folder)
+        refused = _write(packed, given, wanted, folder, task)
         entered = [e for e in wanted if e not in refused]
         latencies = _timed(packed, given, entered, folder, threads, seconds, refused)
     except BaseException:
@@ -189,7 +209,9 @@ def _race(
     return Race(latencies=order, refused=refused), folder, packed, given
 
 
-def _write(packed: nn.Module, given: Example, engines: list[str], folder: Path) -> dict[str, str]:
+def _write(
+    packed: nn.Module, given: Example, engines: list[str], folder: Path, task: Task | None
+) -> dict[str, str]:
     """The files that the engines run. Returns why some have none."""
     refused: dict[str, str] = {}
     for engine in engines:
@@ -208,7 +230,7 @@ def _write(packed: nn.Module, given: Example, engines: list[str], folder: Path) 
             run_dense(packed, True)
         try:
             keep = "all" if engine == KEEPS else "none"
-            export(packed, path, given, dynamic_batch=False, keep=keep)
+            export(packed, path, given, task=task, dynamic_batch=False, keep=keep)
         except TautError as error:
             refused[engine] = str(error)
     return refused
@@ -245,7 +267,7 @@ def _timed(
     finally:
         for worker in workers.values():
             worker.stop()
-    size = next((len(t) for t in tensors if t.dim()), 1)
+    size = length(*given)
     return [_latency(engine, size, threads, found) for engine, found in times.items()]
 
 

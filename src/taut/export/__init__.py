@@ -13,6 +13,7 @@ hashed buckets stay compressed (engine_ops.py).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import shutil
@@ -56,9 +57,9 @@ class Exported:
 
     network: runs the file in its engine, called like the original; None where it holds tensors
     only. score, packed_score: on the task's test data, in the engine and of the packed network;
-    None without a task. size_bytes: of the file and its weights. kept: the layers that stay
-    compressed, by path, with the names of their operations; library: the file of these, for
-    `core.add_extension`. decoded: why none stays, where some could.
+    None without a task, and where the batch is fixed. size_bytes: of the file and its weights.
+    kept: the layers that stay compressed, by path, with the names of their operations; library: the
+    file of these, for `core.add_extension`. decoded: why none stays, where some could.
     """
 
     path: Path
@@ -83,10 +84,15 @@ class Running(nn.Module):
         self._run, self._spec = run, spec
         self._kept = [None if isinstance(o, Tensor) else (o,) for o in outputs]
         self._like = [like]  # in a list: its parameters are not this network's
+        kinds = [p.kind for p in inspect.signature(like.forward).parameters.values()]
+        self._single = len(kinds) == 1 and kinds[0] is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = bound(self._like[0], (args, kwargs))
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if self._single and len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
+            tensors = list(args)  # without the time that binding takes
+        else:
+            args, kwargs = bound(self._like[0], (args, kwargs))
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         found = iter(self._run(tensors))
         leaves = [next(found) if kept is None else kept[0] for kept in self._kept]
         return tree_unflatten(leaves, self._spec)
@@ -134,11 +140,12 @@ def export(
     given = bound(packed, as_example(task.example() if example is None and task else example))
     outputs, spec = answers(packed, given)
     kept, decoded = _keeps(packed, keep) if target.keeps else (False, "")
+    fixed = None if dynamic_batch else given
     job = Job(
         packed=packed, example=at_least_two(given) if dynamic_batch else given,
         dynamic_batch=dynamic_batch, dynamic_length=dynamic_length, precision=precision,
         about={**(task.about if task else {}), **(about or {})},
-        calibration=_calibration(packed, task) if task and round_between and dynamic_batch else (),
+        calibration=_calibration(packed, task, fixed) if task and round_between else (),
         keep=kept,
     )  # fmt: skip
     try:
@@ -157,7 +164,7 @@ def export(
                 where = first_apart(job, target, samples[0]) if running is not None else None
                 raise refuse(found, _named(target, made, path, ".disagrees"), where)
             score = packed_score = None
-            if task is not None and running is not None:
+            if task is not None and running is not None and dynamic_batch:
                 score, packed_score = task.evaluate(running), task.evaluate(packed)
             run = running = None
             _named(target, made, path)
@@ -203,24 +210,37 @@ def _keeps(packed: nn.Module, keep: str) -> tuple[bool, str]:
 
 def _samples(job: Job, given: Example, task: Task | None) -> list[Example]:
     """What the file is compared on: batches of the test data, else the example at other sizes."""
-    if not job.dynamic_batch:
-        return [given]
     if task is not None:
         batches = itertools.islice(task.batches("test"), _SAMPLES)
-        return [bound(job.packed, (b.args, b.kwargs)) for b in batches]
+        samples = [bound(job.packed, (b.args, b.kwargs)) for b in batches]
+        return samples if job.dynamic_batch else [resized(s, _rows(given)) for s in samples]
+    if not job.dynamic_batch:
+        return [given]
     samples = [job.example, _longer(job.example, 0)]
     return [*samples, _longer(job.example, 1)] if job.dynamic_length else samples
 
 
-def _calibration(packed: nn.Module, task: Task) -> list[Example]:
-    """Batches of the training data, of so many examples together."""
-    found, seen = [], 0
+def _calibration(packed: nn.Module, task: Task, fixed: Example | None) -> list[Example]:
+    """Batches of the training data, of so many examples together.
+
+    fixed: an example whose number of rows they all get.
+    """
+    found, seen, rows = [], 0, _rows(fixed)
     for batch in task.batches("train"):
-        found.append(bound(packed, (batch.args, batch.kwargs)))
+        each = list(batch.examples()) if rows == 1 else [batch]
+        for part in each:
+            example = bound(packed, (part.args, part.kwargs))
+            found.append(resized(example, rows) if rows else example)
         seen += batch.size
         if seen >= _CALIBRATED:
             break
     return found
+
+
+def _rows(example: Example | None) -> int:
+    """How many examples an example is of; 0 for none."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()]
+    return len(tensors[0]) if tensors else 0
 
 
 def resized(example: Example, batch: int) -> Example:

@@ -24,6 +24,7 @@ Seen = Callable[[ir.Model, Sequence[str]], Mapping[str, Tensor]]
 
 _JOINTS = {"Add", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean"}
 _PASSES = {"Relu", "Clip", "MaxPool", "Flatten", "Reshape"}
+_KEEPS = {"Flatten", "Reshape"}
 _MULTIPLIES = {"Conv", "Gemm", "MatMul"}
 KEPT = 1 << 16
 """Numbers of each value, and batch, that its range is found on."""
@@ -96,6 +97,8 @@ def _before_pool(graph: ir.Graph, pool: ir.Node) -> None:
     value, readers = pool.inputs[0], [u for u, _ in pool.outputs[0].uses()]
     if value is None or not readers or _producer(value) == "DequantizeLinear":
         return
+    while len(readers) == 1 and readers[0].op_type in _KEEPS:
+        readers = [u for u, _ in readers[0].outputs[0].uses()]
     rounding = [u for u in readers if u.op_type == "QuantizeLinear"]
     if len(rounding) != 1:
         return

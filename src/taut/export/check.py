@@ -75,11 +75,12 @@ def agreement(job: Job, running: nn.Module, samples: Sequence[Example]) -> Agree
         found = torch.utils._pytree.tree_leaves(running(*args, **kwargs))
         a, b = difference(found, wanted)
         worst, error = max(worst, a), max(error, b)
-        count += _length(args, kwargs)
+        count += length(args, kwargs)
     return Agreement(max_error=worst, error=error, allowed=allowed(job), samples=count)
 
 
-def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of how many examples the arguments of a forward are."""
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
 

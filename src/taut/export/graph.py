@@ -28,6 +28,7 @@ from torch.export import ExportedProgram
 from taut.errors import ExportError
 from taut.export.plain import Integers
 from taut.export.recurrent_onnx import recurrent_as_onnx
+from taut.export.whole import constant, integer, settle_gemms, tell_zeros
 
 OPSET = 21
 _MOVES = {"Transpose", "Slice", "Concat", "Unsqueeze", "Reshape", "Squeeze"}
@@ -52,14 +53,16 @@ def graph_of(
         if name in graph.initializers:  # tied weights stand there once
             _place(graph, graph.initializers[name], numbers)
     optimize_ir(model, should_fold=_may_fold)
-    _split_gemms(graph)
+    settle_gemms(graph)
     for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
         _move_down(graph, node)
     _fold_norms(graph)
     optimize_ir(model, should_fold=_may_fold)
     if finish is not None:
         finish(model)
-    if not any(n.op_type == "QuantizeLinear" for n in graph):
+    if any(n.op_type == "QuantizeLinear" for n in graph):
+        tell_zeros(graph)
+    else:
         _narrow(graph)
     _name_nodes(graph)
     for value in graph.initializers.values():
@@ -141,16 +144,6 @@ def _round_input(x: Any, step: float, low: int, high: int) -> Any:
 # ---- whole numbers --------------------------------------------------------------------------
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )  # fmt: skip
-    graph.register_initializer(value)
-    return value
-
-
 def _place(graph: ir.Graph, value: ir.Value, weight: Integers) -> None:
     """Put whole numbers where a float weight stood."""
     name, count = value.name, len(weight.steps)
@@ -170,13 +163,13 @@ def _place(graph: ir.Graph, value: ir.Value, weight: Integers) -> None:
         steps = steps.reshape(len(numbers), -1)
         zeros = None if zeros is None else zeros.reshape(len(numbers), -1)
         attributes = {"axis": 1, "block_size": width}
-    given = [_constant(graph, f"{name}.numbers", numbers), _constant(graph, f"{name}.step", steps)]
+    given = [constant(graph, f"{name}.numbers", numbers), constant(graph, f"{name}.step", steps)]
     if zeros is not None:
-        given.append(_constant(graph, f"{name}.zero", zeros))
+        given.append(constant(graph, f"{name}.zero", zeros))
     node = ir.node("DequantizeLinear", given, attributes=attributes)
     made = [node]
     if runs and weight.numbers.dim() > 2:
-        shape = _constant(graph, f"{name}.shape", np.array(weight.numbers.shape, np.int64))
+        shape = constant(graph, f"{name}.shape", np.array(weight.numbers.shape, np.int64))
         made.append(ir.node("Reshape", [node.outputs[0], shape]))
     result = made[-1].outputs[0]
     result.shape, result.type, result.name = value.shape, value.type, name
@@ -195,38 +188,10 @@ def _may_fold(node: ir.Node) -> bool | None:
     return node.op_type != "Transpose" or len(given[0].uses()) == 1
 
 
-def _int(node: ir.Node, name: str, default: int) -> int:
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
-
-
 def _numbers(value: ir.Value | None) -> list[int] | None:
     if value is None or value.const_value is None:
         return None
     return [int(n) for n in value.const_value.numpy().reshape(-1)]
-
-
-def _split_gemms(graph: ir.Graph) -> None:
-    """Products of whole numbers and their biases apart: engines know a whole MatMul best."""
-    for node in [n for n in graph if n.op_type == "Gemm"]:
-        weight = node.inputs[1]
-        source = None if weight is None else weight.producer()
-        if source is None or source.op_type != "DequantizeLinear" or _int(node, "transB", 0) != 1:
-            continue
-        plain = all(a.as_float() == 1 for n in ("alpha", "beta") if (a := node.attributes.get(n)))
-        if not plain or _int(node, "transA", 0):
-            continue
-        turned = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
-        made = [turned, ir.node("MatMul", [node.inputs[0], turned.outputs[0]])]
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
-        for new in made:
-            new.metadata_props.update(node.metadata_props)
-        old, result = node.outputs[0], made[-1].outputs[0]
-        result.shape, result.type, result.name = old.shape, old.type, old.name
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        graph.insert_before(node, made)
-        graph.remove(node, safe=True)
 
 
 def _narrow(graph: ir.Graph) -> None:
@@ -261,9 +226,9 @@ def _move_down(graph: ir.Graph, node: ir.Node) -> None:
         for user in readers:
             if user.op_type == "Transpose":
                 perm = user.attributes["perm"].as_ints()
-                axis = None if single else list(perm).index(_int(node, "axis", 1))
+                axis = None if single else list(perm).index(integer(node, "axis", 1))
                 _dequantize_after(graph, user, numbers, step, zero, axis)
-            elif user.op_type == "Gather" and _int(user, "axis", 0) == 0 and zero is None:
+            elif user.op_type == "Gather" and integer(user, "axis", 0) == 0 and zero is None:
                 _look_up(graph, user, numbers, step, single)
     if not out.uses() and not out.is_graph_output():
         graph.remove(node, safe=True)
@@ -306,7 +271,7 @@ def _look_up(
     made = []
     if not single:
         picked = ir.node("Gather", [step, index], attributes={"axis": 0})
-        last = _constant(graph, f"{old.name}.last", np.array([-1], np.int64))
+        last = constant(graph, f"{old.name}.last", np.array([-1], np.int64))
         wide = ir.node("Unsqueeze", [picked.outputs[0], last])
         made, step = [picked, wide], wide.outputs[0]
     cast = ir.node("Cast", [old], attributes={"to": ir.DataType.FLOAT})
@@ -372,9 +337,9 @@ def _fold_norms(graph: ir.Graph) -> None:
         old = 0.0 if bias is None or bias.const_value is None else bias.const_value.numpy()
         name = step.name or "step"
         steps = step.const_value.numpy() * factor
-        new_step = _constant(graph, f"{name}.folded", steps.astype(np.float32))
+        new_step = constant(graph, f"{name}.folded", steps.astype(np.float32))
         shift = (beta + (old - mean) * factor).astype(np.float32)
-        new_bias = _constant(graph, f"{name}.bias", shift)
+        new_bias = constant(graph, f"{name}.bias", shift)
         weight.replace_input_with(1, new_step)
         weight.attributes["axis"] = ir.AttrInt64("axis", 0)
         node = ir.node(

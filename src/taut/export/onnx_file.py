@@ -20,6 +20,7 @@ from taut.export.fuse import fuse
 from taut.export.graph import graph_of, layer_of
 from taut.export.job import Job
 from taut.export.targets import Runner
+from taut.export.whole import unsign
 from taut.files import write_atomically
 
 Opened = Callable[[Path], Runner]
@@ -28,18 +29,22 @@ _HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MANY = 64  # floats that are worth a half precision
 
 
-def model_of(job: Job, opened: Opened) -> ir.Model:
+def model_of(job: Job, opened: Opened, unsigned: bool = False) -> ir.Model:
     """The network as an ONNX model, with what it tells of itself.
 
-    opened: opens ONNX files in the engine. Raises ExportError where the network fixes a dimension
-    that was to be free.
+    opened: opens ONNX files in the engine. unsigned: whether its whole numbers are uint8. Raises
+    ExportError where the network fixes a dimension that was to be free.
     """
 
     def finish(model: ir.Model) -> None:
         if job.plain.kept:
             fuse(model)
+        if unsigned:
+            unsign(model.graph)
         if job.calibration and job.plain.rounds:
             round_between(model, partial(_seen, job, opened))
+        if unsigned:
+            unsign(model.graph)
 
     model = graph_of(job.program, job.plain.integers, finish)
     for value in model.graph.inputs:

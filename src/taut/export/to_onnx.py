@@ -20,7 +20,7 @@ __all__ = ["about", "opened", "write"]
 
 def write(job: Job, path: Path) -> None:
     """Write the network as ONNX."""
-    save(model_of(job, opened), path)
+    save(model_of(job, opened, unsigned=True), path)
 
 
 def opened(path: Path, threads: int | None = None, precision: str = "float32") -> Runner:

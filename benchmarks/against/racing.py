@@ -1,0 +1,165 @@
+"""Files of several libraries, timed by turns, each in a process of its own on the same threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from taut.export.targets import Runner
+from taut.export.worker import runner
+
+TORCHAO = "torchao"  # a program that torchao's quantizer made, under torch.compile
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What runs: who made it, in which engine, from which file."""
+
+    who: str
+    engine: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one forward: the median, and how far the quartiles are apart."""
+
+    entry: Entry
+    median_ms: float
+    iqr_ms: float
+
+    def __str__(self) -> str:
+        return f"{self.entry.who} {self.median_ms:.3g} ± {self.iqr_ms / 2:.1g} ms"
+
+
+Make = Callable[[Path], Entry]
+
+
+def made(makers: Mapping[str, Make], folder: Path) -> tuple[list[Entry], dict[str, str]]:
+    """What each library makes, in folders of their own; and why some make nothing."""
+    entries, failed = [], dict[str, str]()
+    for who, make in makers.items():
+        into = folder / who.replace(" ", "-")
+        into.mkdir(parents=True, exist_ok=True)
+        try:
+            entries.append(make(into))
+        except Exception as error:  # a peer's own: it is told
+            failed[who] = brief(error)
+    return entries, failed
+
+
+def brief(error: BaseException | str) -> str:
+    """An error in one short line."""
+    lines = str(error).strip().splitlines() or ["no word"]
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:120].replace("|", "/")
+
+
+def race(
+    entries: Sequence[Entry], inputs: Sequence[Tensor], folder: Path, threads: int, seconds: float
+) -> tuple[list[Time], dict[str, str]]:
+    """How long each takes, fastest first, in turns of a tenth of the seconds; and who fails."""
+    torch.save(list(inputs), folder / "inputs.pt")
+    failed: dict[str, str] = {}
+    workers: list[tuple[Entry, _Worker]] = []
+    times: list[list[float]] = []
+    try:
+        for entry in entries:
+            worker = _Worker(entry, folder / "inputs.pt", threads)
+            workers.append((entry, worker))
+            times.append([])
+            if worker.line() is None:
+                failed[entry.who] = worker.complaint()
+        for _ in range(_ROUNDS):
+            for (entry, worker), taken in zip(workers, times, strict=True):
+                if entry.who not in failed:
+                    taken += worker.go(seconds / _ROUNDS)
+    finally:
+        for _, worker in workers:
+            worker.stop()
+    found = [
+        Time(entry, statistics.median(taken), quartiles[2] - quartiles[0])
+        for (entry, _), taken in zip(workers, times, strict=True)
+        if taken and (quartiles := statistics.quantiles(taken, n=4))
+    ]
+    return sorted(found, key=lambda t: t.median_ms), failed
+
+
+class _Worker:
+    """A process that runs one file and times it when it is told to."""
+
+    def __init__(self, entry: Entry, inputs: Path, threads: int) -> None:
+        self.log = entry.path.with_suffix(f".{entry.engine}.log")
+        command = [sys.executable, __file__, entry.engine, str(entry.path), str(inputs)]
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_FREEZING": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, text=True, env=env,
+            )  # fmt: skip
+
+    def line(self) -> str | None:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip() or None
+
+    def go(self, seconds: float) -> list[float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        found: list[float] = json.loads(self.line() or "[]")
+        return found
+
+    def complaint(self) -> str:
+        self.process.wait()
+        return brief((self.log.read_text().strip().splitlines() or ["no word"])[-1])
+
+    def stop(self) -> None:
+        self.process.communicate()
+
+
+def _runner(engine: str, path: Path, threads: int) -> Runner:
+    if engine != TORCHAO:
+        return runner(engine, path, threads)
+    import torchao.quantization.pt2e  # noqa: F401  # its operations
+
+    module = torch.compile(torch.export.load(str(path)).module())
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return [module(*tensors)]
+
+    return run
+
+
+def _serve() -> None:
+    """Answer each line of seconds by the milliseconds of the runs that they gave time for."""
+    engine, path, inputs, threads = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(threads))
+    run, tensors = _runner(engine, Path(path), int(threads)), torch.load(inputs)
+    for _ in range(5):
+        run(tensors)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        end, times = time.perf_counter() + float(line), list[float]()
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
+            run(tensors)
+            times.append(1e3 * (time.perf_counter() - start))
+        print(json.dumps(times), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
