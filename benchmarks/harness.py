@@ -40,11 +40,12 @@ class Figure:
 
 
 def run(
-    title: str, measure: Callable[[argparse.Namespace], list[Figure]], beside: str = "paper"
-) -> None:
+    title: str, measure: Callable[[argparse.Namespace], list[Figure]], beside: str = "paper",
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:  # fmt: skip
     """Parse the options, measure, print the table, and keep or check the figures as asked.
 
-    beside: the heading of the column with what each figure is compared with.
+    beside: the heading of the column with what each figure is compared with. more: adds options.
     --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
     naming the figure, when one falls short. --seed: of everything random. --only: some rows, which
     take their place in a record that is there. Each row tells with what it was measured.
@@ -55,6 +56,8 @@ def run(
     parser.add_argument("--check", action="store_true", help="fail when a figure falls short")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    if more is not None:
+        more(parser)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import digits_task, small_net
@@ -16,7 +17,9 @@ from taut.search.outlook import Outlook
 from taut.search.space import Fixed, Knob, aim_knob, strength
 from taut.technique import STEPS, register_step, techniques
 from taut.techniques import ShareValues
+from taut.trial import Ground, Trial
 from taut.types import Measurement, Site
+from taut.watch import Watch
 
 SITE = Site(name="fc.weight", kind="linear", shape=(64, 32), macs=2048)
 
@@ -25,7 +28,10 @@ def made(goal="bytes<=15%", **options):
     net, task = small_net().eval(), digits_task()
     traced = taut.trace(net, task.example())
     original = measure(net, task, traced, seconds=0.01, score=0.9)
-    return Outlook(net, task, traced, original, Goal.parse(goal)), options
+    ground = Ground(
+        model=net, task=task, trace=traced, folder=Path(), seed=0, precision="auto", watch=Watch()
+    )
+    return Outlook(ground, original, Goal.parse(goal)), options
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,55 @@ def test_reshaped_networks_are_predicted_as_reshaped():
     half = outlook.forecast(Recipe.parse("prune_channels(ratio=0.5) > share_values(bits=4)"))
     assert half.size_bytes < 0.7 * whole.size_bytes
     assert half.macs < 0.7 * whole.macs
+
+
+def test_what_fits_before_it_is_reshaped_is_not_looked_at(monkeypatch):
+    outlook, _ = made("bytes<=10%")
+    outlook.space("low_rank, prune_weights")
+    asked = []
+    monkeypatch.setattr(techniques()["low_rank"], "reshape", lambda *a: asked.append(a) or 1 / 0)
+    fits = "low_rank(energy=0.99) > prune_weights(sparsity=0.98) > recover()"
+    assert outlook.excess(Recipe.parse(fits)) == {"bytes": 0.0}
+    assert not asked
+    with pytest.raises(ZeroDivisionError):
+        outlook.excess(Recipe.parse("low_rank(energy=0.99) > prune_weights(sparsity=0.5)"))
+
+
+def test_a_search_starts_by_the_mildest_of_each_mix_that_keeps_the_bounds():
+    outlook, _ = made("bytes<=10%, score>=-1%")
+    space = outlook.space("prune_weights, share_values, code_length")
+    starts = outlook.starts(space)
+    assert [s["recode"] for s in starts] == list(space.recode)
+    for start in starts:
+        recipe = space.suggest(Fixed(start), 2)
+        assert not any(outlook.excess(recipe).values())
+        if start["recode"] == "prune_weights":
+            (prune,) = (s for s in recipe.steps if s.name == "prune_weights")
+            milder = Recipe.parse(f"prune_weights(sparsity={prune.sparsity - 0.02})")
+            assert outlook.excess(milder)["bytes"] > 0
+        if start["recode"] == "code_length":
+            assert 0.9 < start["aim.size_bytes"] / (0.1 * outlook.original.size_bytes) < 1
+
+
+def test_without_a_bound_that_is_predicted_a_search_starts_in_the_middle():
+    outlook, _ = made("latency<=1ms")
+    space = outlook.space("prune_weights, share_values", flat=True)
+    starts = outlook.starts(space)
+    assert [s["recode"] for s in starts] == list(space.recode)
+    assert starts[list(space.recode).index("share_values")]["share_values.bits"] == 4
+
+
+def test_a_sensitivity_is_scanned_once_for_all_trials(monkeypatch, tmp_path):
+    outlook, _ = made("bytes<=10%")
+    outlook.forecast(Recipe.parse("prune_weights(sparsity=0.9)"))
+    assert outlook.ground.curves
+    monkeypatch.setattr("taut.statistics.Statistics._scan", lambda *a: 1 / 0)
+    outlook.forecast(Recipe.parse("prune_weights(sparsity=0.8)"))
+    recipe = Recipe.parse("prune_weights(sparsity=0.8)")
+    assert Trial(outlook.ground, recipe, tmp_path).go().measurement.nonzero_parameters
+    again = Recipe.parse("prune_weights(sparsity=0.8) > recover(epochs=1) > prune_weights()")
+    with pytest.raises(ZeroDivisionError):  # another network by then
+        Trial(outlook.ground, again, tmp_path / "again").go()
 
 
 def test_patterns_that_name_nothing_are_refused():

@@ -76,16 +76,17 @@ class Statistics:
 
     model: copied, never touched. loss: on the calibration data; without it whatever needs data
     refuses. A function of the network is enough for all but gradients. trace: of the original.
+    curves: sensitivities of this very model that are known, to which those found are added.
     """
 
     def __init__(
         self, model: nn.Module, loss: Calibration | Callable[[nn.Module], float] | None = None,
-        trace: Trace | None = None,
+        trace: Trace | None = None, curves: dict[str, Curve] | None = None,
     ) -> None:  # fmt: skip
         self.trace = trace
         self._model = model
         self._loss = loss
-        self._curves: dict[str, Curve] = {}
+        self._curves: dict[str, Curve] = {} if curves is None else curves
         self._fisher: dict[str, Tensor] = {}
 
     def loss(self, model: nn.Module) -> float:

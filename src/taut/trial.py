@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
 from taut.recover import Recover, recover
 from taut.reshaping import Reshaping, check_order
-from taut.statistics import Statistics
-from taut.task import Task
-from taut.technique import Technique
+from taut.statistics import Curve, Statistics
+from taut.task import CalibrationLoss, Task
+from taut.technique import Setting, Technique
 from taut.trace import Trace, trace
 from taut.types import Candidate, EpochRecord, LeftAlone, Measurement
 from taut.watch import Watch
@@ -37,7 +38,10 @@ _log = logging.getLogger("taut")
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """What the trials of one run stand on. model: the original network; trace: of it."""
+    """What the trials of one run stand on. model: the original network; trace: of it.
+
+    curves: its sensitivities, scanned once by whichever trial first asks for them.
+    """
 
     model: nn.Module
     task: Task
@@ -47,6 +51,14 @@ class Ground:
     precision: str
     watch: Watch
     engine: str | None = None
+    curves: dict[str, Curve] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def calibration(self) -> CalibrationLoss:
+        """The loss on the same few examples in every trial, however the data are shuffled."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.task.calibration_loss()
 
     def timed(self, net: nn.Module, found: Measurement) -> Measurement:
         """The measurement, with latencies of the engine that was asked for."""
@@ -61,9 +73,13 @@ class Ground:
 
 
 def apply_step(
-    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None
-) -> tuple[nn.Module, list[LeftAlone]]:
-    """What `apply` does. Returns the sites that were left alone, too."""
+    model: nn.Module, technique: str | Technique, task: Task, traced: Trace | None,
+    statistics: Statistics | None = None,
+) -> tuple[nn.Module, list[LeftAlone]]:  # fmt: skip
+    """What `apply` does. Returns the sites that were left alone, too.
+
+    statistics: of this model, where its sensitivities are known already.
+    """
     step = Recipe.parse(technique).steps[0] if isinstance(technique, str) else technique
     if not isinstance(step, Technique):
         raise RecipeError(f"apply takes a technique, got {step}; train with taut.recover")
@@ -74,7 +90,7 @@ def apply_step(
         )
     check_order(step, model)
     traced = traced or trace(model, task.example())
-    statistics = Statistics(model, task.calibration_loss(), traced)
+    statistics = statistics or Statistics(model, task.calibration_loss(), traced)
     if isinstance(step, Reshaping):
         return step.reshape(model, traced, statistics), []
     return model, apply_where_smaller(model, step, step.sites(traced), statistics)
@@ -103,7 +119,9 @@ class Trial:
                 self._recover(step)
             elif isinstance(step, Technique):
                 self.run.say(f"{step}")
-                self.model, left = apply_step(self.model, step, self.task, self.trace)
+                self.model, left = apply_step(
+                    self.model, step, self.task, self.trace, self._statistics(index)
+                )
                 for grown in left:
                     self.run.watch.say(f"{grown}")
                 self.left += left
@@ -117,6 +135,13 @@ class Trial:
             for line in technique.finish(self.model, self.trace):
                 self.run.say(line)
         return once(self._measure)
+
+    def _statistics(self, index: int) -> Statistics:
+        """Of the model before a step. While it is the original, its curves are those of the run."""
+        whole = all(isinstance(s, Setting) for s in self.recipe.steps[:index])
+        return Statistics(
+            self.model, self.run.calibration, self.trace, self.run.curves if whole else None
+        )
 
     def _recover(self, step: Recover) -> None:
         self.run.say(f"{step}")

@@ -45,7 +45,8 @@ from taut.search.options import Options
 from taut.search.outlook import Outlook
 from taut.search.pools import Here, Pool, Processes, timed
 from taut.search.result import Lost, SearchResult
-from taut.search.samplers import FLAT, sampler
+from taut.search.samplers import BAYESIAN, FLAT, sampler
+from taut.search.space import Space
 from taut.search.study import (
     Study,
     bracket_of,
@@ -64,6 +65,7 @@ from taut.watch import Watch, logged
 _log = logging.getLogger("taut")
 _ATTEMPTS = 60  # proposals in a row that may be ruled out before the least hopeless one is tried
 _GRID = 5  # values of each strength on a grid
+_STARTS = 10  # first trials of a Bayesian search that predictions choose, not chance
 
 
 def search(
@@ -149,7 +151,7 @@ class Searching:
         )  # fmt: skip
         self.record = self._opened()
         self.original = Measurement.from_json(self.record["original"])
-        self.outlook = Outlook(model, task, self.trace, self.original, self.goal)
+        self.outlook = Outlook(self.ground, self.original, self.goal)
 
     # ---- the record -------------------------------------------------------------------------
 
@@ -207,14 +209,18 @@ class Searching:
         if not adopted and self._left() <= 0:
             return
         self.record["status"] = "running"
-        only, flat = self.options.techniques, self.options.sampler in FLAT
-        self.space = self.outlook.space(only, self.options.before(), flat=flat)
+        self.space = self._space()
         self.grid = self._grid() if self.options.sampler == "grid" else []
+        self.starts = self._starts() if self.options.sampler in BAYESIAN else []
         with self._pool() as self.pool:
             if self.options.halving == "none":
                 self._in_order(adopted)
             else:
                 self._tournaments(adopted)
+
+    def _space(self) -> Space:
+        only, flat = self.options.techniques, self.options.sampler in FLAT
+        return self.outlook.space(only, self.options.before(), flat=flat)
 
     def _pool(self) -> Pool:
         if self.options.ray is not None:
@@ -309,8 +315,8 @@ class Searching:
             if len(self.study.trials()) >= self.options.trials:
                 return None
             least: tuple[float, dict[str, Any]] | None = None
-            for _ in range(_ATTEMPTS):
-                trial = self._ask()
+            for attempt in range(_ATTEMPTS):
+                trial = self._ask(self.starts[len(tried) :][:1] if not attempt else [])
                 if trial is None:
                     return None
                 over = self._accepted(trial, epochs, bracket, tried)
@@ -325,8 +331,11 @@ class Searching:
             self.study.accept(trial, str(self.space.suggest(trial, epochs)), bracket)
             return trial
 
-    def _ask(self) -> Trial | None:
+    def _ask(self, start: list[dict[str, Any]]) -> Trial | None:
+        """A trial of what it may start by, if anything, or of what the sampler proposes."""
         seen = len(self.study.optuna.get_trials(deepcopy=False))
+        for values in start:
+            self.study.optuna.enqueue_trial(values)
         if self.options.sampler == "grid":
             if seen >= len(self.grid):
                 return None
@@ -350,6 +359,12 @@ class Searching:
         _log.info("ruled out: %s: %s", recipe, why)
         self.study.rule_out(trial, why, excess)
         return float("inf") if str(recipe) in tried else sum(excess.values())
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """Where a model of the outcomes begins: the mildest recipes predicted to keep the goal."""
+        every = self.outlook.starts(self.space)
+        random.Random(self.options.seed).shuffle(every)
+        return every[:_STARTS]
 
     def _grid(self) -> list[dict[str, Any]]:
         every = list(self.space.grid(_GRID))

@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from taut.aim import Aim
 from taut.errors import SearchError, TautError
 from taut.goal import Goal
 from taut.modules import clone
+from taut.pattern import Pattern
 from taut.plan import Forecast, check, forecast
 from taut.recipe import Recipe
 from taut.recoding import Recoding
 from taut.reshaping import Reshaping
-from taut.search.space import NOTHING, Space, aim_knob, chosen, knobs_of
+from taut.search.space import NOTHING, Fixed, Space, aim_knob, chosen, knobs_of
 from taut.statistics import Statistics
-from taut.task import Task
 from taut.technique import Setting, Technique, techniques
-from taut.trace import Trace, trace
-from taut.types import Measurement
+from taut.trace import trace
+from taut.trial import Ground
+from taut.types import Measurement, Site
 
 _PREDICTED = {"bytes": "size_bytes", "macs": "macs", "parameters": "parameters"}
 _DOUBT = 1.25  # how far beyond a bound a prediction may lie and the recipe still be tried
 _WORTH = 0.8  # two recodings are worth trying where they are predicted so much below the better one
+_BISECTIONS = 7
 
 
 class Outlook:
     """Predictions for one network and goal.
 
     Work that a goal bounds is predicted from each weight's share of zeros, which techniques give
-    to each site by its sensitivity; recipes that reshape are predicted on a reshaped copy.
+    to each site by its sensitivity; recipes that reshape are predicted on a reshaped copy. The
+    sensitivities of a reshaped copy are only scanned where MACs are bounded: bytes and parameters
+    hardly depend on where the zeros are.
     """
 
-    def __init__(
-        self, model: nn.Module, task: Task, traced: Trace, original: Measurement, goal: Goal
-    ) -> None:
-        self.model, self.task, self.trace = model, task, traced
-        self.original, self.goal = original, goal
-        self.statistics = Statistics(model, task.calibration_loss(), traced)
+    def __init__(self, ground: Ground, original: Measurement, goal: Goal) -> None:
+        self.model, self.task, self.trace = ground.model, ground.task, ground.trace
+        self.ground, self.original, self.goal = ground, original, goal
+        self.statistics = Statistics(self.model, ground.calibration, self.trace, ground.curves)
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
+        self.shrinking: set[str] = set()  # techniques that reshape and make the file smaller
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
@@ -53,7 +56,8 @@ class Outlook:
                 model = clone(model)
             model = step.reshape(model, traced, statistics)
             traced = trace(model, self.task.example())
-            statistics = Statistics(model, self.task.calibration_loss(), traced)
+            exact = self.goal.bound("macs") is not None
+            statistics = (Statistics if exact else _Even)(model, self.ground.calibration, traced)
         rest = Recipe(tuple(s for s in recipe.steps if s not in reshapes))
         if reshapes:
             check(rest, traced)
@@ -63,12 +67,22 @@ class Outlook:
 
     def excess(self, recipe: Recipe) -> dict[str, float]:
         """For each bound that can be predicted, how many times beyond it: 0 where it is kept."""
-        bounds = [b for b in self.goal.bounds if b.axis in _PREDICTED]
+        check(recipe, self.trace)
+        reshapes = [s for s in recipe.steps if isinstance(s, Reshaping)]
+        if reshapes and all(s.name in self.shrinking for s in reshapes):
+            rest = Recipe(tuple(s for s in recipe.steps if s not in reshapes))
+            with contextlib.suppress(TautError):  # it may not go on the layers as they are
+                over = self._over(rest)
+                if not any(over.values()):  # less than that it will be
+                    return over
+        return self._over(recipe)
+
+    def _over(self, recipe: Recipe) -> dict[str, float]:
         found = self.forecast(recipe)
         return {
             b.axis: max(0.0, getattr(found, _PREDICTED[b.axis]) / b.limit(self.original) - 1)
-            for b in bounds
-        }
+            for b in self.goal.bounds if b.axis in _PREDICTED
+        }  # fmt: skip
 
     def rules_out(self, excess: dict[str, float]) -> str:
         """Why a recipe of such excesses is not worth a training; empty where it may be."""
@@ -102,8 +116,66 @@ class Outlook:
             flat=flat,
         )  # fmt: skip
 
+    def starts(self, space: Space) -> list[dict[str, Any]]:
+        """For each mix of recodings the mildest strengths that are predicted to keep the bounds.
+
+        As a study's parameters. All strengths of a mix rise together. Where no bound can be
+        predicted, they are in the middle; a mix that cannot keep the bounds is left out.
+        """
+        space = replace(space, flat=False)
+        predicted = any(b.axis in _PREDICTED for b in self.goal.bounds)
+        rising = {n: self._rising(space, n) for n in space.knobs}
+        found = []
+        for mix in space.recode:
+            names = mix.split(" > ")
+
+            def at(share: float, names: list[str] = names, mix: str = mix) -> dict[str, Any]:
+                given: dict[str, Any] = {"reshape": NOTHING, "recode": mix}
+                for name in names:
+                    if name in space.knobs:
+                        knob = space.knobs[name]
+                        given[knob.name] = knob.at(share if rising[name] else 1 - share)
+                if space.aims.intersection(names):
+                    given[space.aim.name] = space.aim.at(1 - share)
+                return given
+
+            def keeps(share: float, at: Callable[[float], dict[str, Any]] = at) -> bool:
+                try:
+                    return not any(self._over(space.suggest(Fixed(at(share)), 1)).values())
+                except TautError:  # these strengths do not go together
+                    return False
+
+            if not predicted:
+                found.append(at(0.5))
+            elif mix != NOTHING and keeps(1.0):
+                low, high = 0.0, 1.0
+                for _ in range(_BISECTIONS):
+                    middle = (low + high) / 2
+                    low, high = (low, middle) if keeps(middle) else (middle, high)
+                found.append(at(high))
+        return found
+
+    def _rising(self, space: Space, name: str) -> bool:
+        """Whether a technique takes fewer bytes the higher its strength is sampled."""
+        if name not in space.recode:
+            return True
+        sizes = []
+        for share in (0.0, 1.0):
+            given = {space.knobs[name].name: space.knobs[name].at(share)}
+            try:
+                found = self.forecast(
+                    space.suggest(Fixed({"reshape": NOTHING, "recode": name, **given}), 1)
+                )
+            except TautError:  # its end does not go with its other options
+                return True
+            sizes.append(found.size_bytes)
+        return sizes[1] <= sizes[0]
+
     def _works(self, cls: type[Technique]) -> bool:
-        return self._size(Recipe((cls(),)), cls.name) is not None
+        size = self._size(Recipe((cls(),)), cls.name)
+        if size is not None and size < self.forecast(Recipe(())).size_bytes:
+            self.shrinking.add(cls.name)
+        return size is not None
 
     def _recodings(self, names: Sequence[str], named: dict[str, type[Technique]]) -> list[str]:
         """Single ones, and pairs that are predicted well below the better one of the two."""
@@ -126,3 +198,12 @@ class Outlook:
         except TautError as error:
             self.refused[name] = str(error)
             return None
+
+
+class _Even(Statistics):
+    """Statistics that spread a sparsity evenly, without a look at the data."""
+
+    def least_damage(
+        self, sites: tuple[Site, ...], sparsity: float, pattern: Pattern | None = None
+    ) -> dict[str, float]:
+        return {s.name: sparsity for s in sites}

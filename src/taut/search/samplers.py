@@ -15,6 +15,8 @@ from optuna.samplers import BaseSampler
 from taut.errors import SearchError, did_you_mean
 
 SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "grid")
+BAYESIAN = ("tpe", "gp")
+"""Those that model what recipes come to."""
 FLAT = ("gp", "nsga2", "nsga3")
 """Those that learn only from strengths that every trial has."""
 

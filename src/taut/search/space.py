@@ -93,17 +93,25 @@ class Knob:
         share = _rounded(share) if share < 0.5 else 1 - _rounded(1 - share)
         return round(self.start + self.width * share, 9)
 
+    def at(self, share: float) -> Any:
+        """The sample that lies so far between the ends, from 0 to 1.
+
+        >>> Knob(step="", option="", scale="log", low=1, high=100).at(0.5)
+        10.0
+        """
+        if self.scale == "words":
+            return self.words[round(share * (len(self.words) - 1))]
+        low, high = (math.log(v) if self._log else v for v in (self.low, self.high))
+        found = low + share * (high - low)
+        found = min(max(math.exp(found), self.low), self.high) if self._log else found
+        return round(found) if self.scale == "whole" else found
+
     def spread(self, count: int) -> list[Any]:
         """Samples from end to end, `count` at most."""
         if self.scale == "words":
             return list(self.words[:count])
-        if count == 1:
-            middle = math.sqrt(self.low * self.high) if self._log else (self.low + self.high) / 2
-            return [round(middle) if self.scale == "whole" else middle]
-        low, high = (math.log(v) if self._log else v for v in (self.low, self.high))
-        found = [low + (high - low) * i / (count - 1) for i in range(count)]
-        found = [min(max(math.exp(v), self.low), self.high) if self._log else v for v in found]
-        return sorted({round(v) for v in found}) if self.scale == "whole" else found
+        shares = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
+        return list(dict.fromkeys(self.at(share) for share in shares))
 
     @property
     def _log(self) -> bool:
