@@ -271,6 +271,20 @@ def test_a_cached_step_after_others_is_that_of_all_at_once() -> None:
         net.step(tokens[:, :0], state)
 
 
+@pytest.mark.parametrize("of", ["blocks", "branches"])
+@torch.no_grad()
+def test_a_generator_counts_its_steps_where_blocks_are_gone(of: str) -> None:
+    net, tokens = GENERATORS["transformer"](), torch.randint(0, 40, (3, 12))
+    count = 4 if of == "branches" else 1
+    task = task_of(tokens, targets=tokens)
+    net = taut.apply(net, f"drop_blocks(count={count}, of='{of}') > {QUANTIZE}", task).eval()
+    state, told = None, []
+    for token in tokens.split(1, 1):
+        scores, state = net.step(token, state)  # type: ignore[operator]
+        told.append(scores)
+    torch.testing.assert_close(torch.cat(told, 2), net(tokens), rtol=1e-4, atol=1e-5)
+
+
 # ---- bad input ------------------------------------------------------------------------------
 
 

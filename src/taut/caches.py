@@ -18,12 +18,11 @@ Cache = tuple[Tensor, Tensor]
 """Keys and values, [batch, steps, width] each: an exported step takes any number of steps."""
 
 
-def attend(
-    layer: nn.MultiheadAttention, x: Tensor, cache: Cache | None = None
-) -> tuple[Tensor, Cache]:
+def attend(layer: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
     """Causal self-attention of some new steps, and the cache with their keys and values added.
 
-    layer: plain, with forms, or packed, batch_first; x: [batch, steps, width], its input at the
+    layer: plain, with forms, or packed, batch_first; where drop_blocks left something else in its
+    place, that runs, and the cache only counts the steps, [batch, steps, 0]. x: [batch, steps, width], its input at the
     steps that the cache does not have. What comes out is what the layer gives in eval mode for all
     steps under a causal mask, at the new ones.
 
@@ -34,16 +33,25 @@ def attend(
     >>> whole, _ = layer(x, x, x, attn_mask=later)
     >>> torch.testing.assert_close(torch.cat([first, rest], 1), whole)
     """
+    if not isinstance(layer, nn.MultiheadAttention):
+        found = layer(x)
+        return found[0] if isinstance(found, tuple) else found, counted(x, cache)
     query, *new = _projected(layer, x)
     keys, values = new if cache is None else map(torch.cat, zip(cache, new, strict=True), (1, 1))
     steps, length = query.shape[1], keys.shape[1]
     sees = None if steps == 1 else _not_later(steps, length, x.device)
 
     def heads(t: Tensor) -> Tensor:  # → [batch, heads, steps, width of a head]
-        return t.unflatten(2, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+        return t.reshape(*t.shape[:2], layer.num_heads, layer.head_dim).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(heads(query), heads(keys), heads(values), sees)
     return layer.out_proj(out.transpose(1, 2).flatten(2)), (keys, values)
+
+
+def counted(x: Tensor, cache: Cache | None = None) -> Cache:
+    """A cache that holds nothing of x, [batch, steps, width], but how many steps there were."""
+    nothing = x[..., :0]
+    return (nothing, nothing) if cache is None else (torch.cat([cache[0], nothing], 1),) * 2
 
 
 def _projected(layer: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taut.caches import Cache, attend
+from taut.caches import Cache, attend, counted
 from taut.errors import ZooError
 from taut.zoo.registry import Rule, architecture
 
@@ -127,7 +127,11 @@ class TransformerLanguageModel(nn.Module):
         before = state[0][0].shape[1] if state else 0
         x, caches = self._places(tokens, before), []
         for i, block in enumerate(self.blocks):
-            x, cache = cast(_Block, block).step(x, state[i] if state else None)
+            held = state[i] if state else None
+            if isinstance(block, _Block):
+                x, cache = block.step(x, held)
+            else:  # drop_blocks has put something in its place
+                x, cache = block(x), counted(x, held)
             caches.append(cache)
         return self._scores(x), tuple(caches)
 
