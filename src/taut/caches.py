@@ -22,9 +22,9 @@ def attend(layer: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[Ten
     """Causal self-attention of some new steps, and the cache with their keys and values added.
 
     layer: plain, with forms, or packed, batch_first; where drop_blocks left something else in its
-    place, that runs, and the cache only counts the steps, [batch, steps, 0]. x: [batch, steps, width], its input at the
-    steps that the cache does not have. What comes out is what the layer gives in eval mode for all
-    steps under a causal mask, at the new ones.
+    place, that runs, and the cache only counts the steps, [batch, steps, 0]. x: [batch, steps,
+    width], its input at the steps that the cache does not have. What comes out is what the layer
+    gives in eval mode for all steps under a causal mask, at the new ones.
 
     >>> layer, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(1, 5, 8)
     >>> first, cache = attend(layer, x[:, :3])
