@@ -21,6 +21,7 @@ from taut.structured_weight import (
     ToeplitzWeight,
 )
 from taut.techniques.share_values import SharedValues
+from taut.tied_weight import TiedWeight
 
 TABLE = torch.tensor([-0.75, -0.125, 0.0, 0.25, 1.0])
 HALF = Plain.of(TABLE[2:])
@@ -76,6 +77,15 @@ def kronecker(*shape: int) -> PackedWeight:
     return KroneckerWeight(structure, Plain.of(numbers(*structure.generators)))
 
 
+def tied(*shape: int) -> PackedWeight:
+    """Three kernels of the convolution; two rows of the matrix, and multiples of them."""
+    if len(shape) > 2:
+        which = index(shape[0] * shape[1]).clamp(max=2).reshape(shape[:2])
+        return TiedWeight(which, Plain.of(numbers(3, *shape[2:])), None)
+    scale = Plain.of(numbers(shape[0]), "bfloat16")
+    return TiedWeight(index(shape[0]).clamp(max=1), Plain.of(numbers(2, *shape[1:])), scale)
+
+
 def dense_vectors(*shape: int) -> Tensor:
     """One entry after another, as a person would."""
     columns = math.prod(shape[1:])
@@ -122,6 +132,15 @@ def dense_kronecker(*shape: int) -> Tensor:
     return out
 
 
+def dense_tied(*shape: int) -> Tensor:
+    """One row after another, as a person would."""
+    if len(shape) > 2:
+        picked = [numbers(3, *shape[2:])[min(n, 2)] for n in index(shape[0] * shape[1]).tolist()]
+        return torch.stack(picked).reshape(shape)
+    rows = [numbers(2, *shape[1:])[min(n, 1)] for n in index(shape[0]).tolist()]
+    return torch.stack([r * s for r, s in zip(rows, numbers(shape[0]), strict=True)])
+
+
 def table_of(scale: float, first: Any) -> list[Any]:
     """The node of indices into a scaled table of opposite values."""
     mirrored = ["mirrored.v1", {}, {"first": first}]
@@ -136,6 +155,7 @@ WRITTEN = {
     "circulant": circulant,
     "toeplitz": toeplitz,
     "kronecker": kronecker,
+    "tied": tied,
 }
 MEANT = {
     "shared_vectors": dense_vectors,
@@ -144,6 +164,7 @@ MEANT = {
     "circulant": lambda *shape: dense_blocks(shape, 4, 4),
     "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
     "kronecker": dense_kronecker,
+    "tied": dense_tied,
 }
 NODES: dict[str, Any] = {
     "shared_vectors": [
@@ -164,8 +185,14 @@ NODES: dict[str, Any] = {
         {"high": 1, "wide": 2, "terms": 2},
         {"generators": ["plain.v1"]},
     ],
+    "tied": [
+        "tied.v1",
+        {"rows": 2, "scaled": True},
+        {"book": ["plain.v1"], "scale": ["plain.v1", {"as": "bfloat16"}]},
+    ],
 }
 COUNTS = {
+    "tied": 20 + 20 + 2 * 20,
     "circulant": 5 * 5 * 4,
     "toeplitz": 7 * 7 * 5,
     "kronecker": 2 * (20 * 10 + 2),

@@ -17,6 +17,7 @@ from taut.techniques import (
     Quantize,
     ShareValues,
     StructuredMatrix,
+    TieFilters,
     TieLayers,
     VariationalDropout,
 )
@@ -152,6 +153,14 @@ class TestFactorWeights(RecodingContract):
         FactorWeights(),
         FactorWeights(rank="energy", energy=0.3),
         FactorWeights(rank="vbmf", weighted=False),
+    )
+
+
+class TestTieFilters(RecodingContract):
+    under_test = (
+        TieFilters(),
+        TieFilters(ratio=0.25, scale=False, weighted=False),
+        TieFilters(start="scratch"),
     )
 
 

@@ -319,6 +319,7 @@ NODES_OF_CONV: dict[str, Any] = {
     "hashed": ["hashed.v1", {"buckets": 10, "bands": 5}, {"buckets": ["plain.v1"]}],
     "hashed_together": ["hashed.v1", {"buckets": 7, "scale": 0.5}, {"buckets": ["plain.v1"]}],
     "shared_together": structures.table_of(1.0, ["plain.v1"]),
+    "tied": ["tied.v1", {"rows": 3, "kernels": True}, {"book": ["plain.v1"]}],
 }
 MOST, LEAST = 2**63 - 1, -(2**62)
 

@@ -11,11 +11,16 @@ from taut.coding import Encoder
 MIRRORED = ["mirrored.v1", {}, {"first": PLAIN}]
 
 
-def coded_index(entries: int) -> bytes:
+def coded_index(entries: int, count: int = 12) -> bytes:
     """The stream of twelve indices, and what a decoder needs to read on."""
     coder = Encoder()
-    coder.symbols("index", np.zeros(12, np.int64), entries, 12)
+    coder.symbols("index", np.zeros(count, np.int64), entries, count)
     return coder.finish() + b"\1" * 8
+
+
+def coded_tie() -> bytes:
+    """The same of the three rows of a weight, tied to two."""
+    return coded_index(2, 3)
 
 
 ATTACKS: dict[str, tuple[bytes, str]] = {
@@ -88,6 +93,24 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
             ("endless", {"high": 1, "wide": 2, "terms": HUGE}, r"terms must lie in \[1, 2\]"),
         )
     },
+    **{
+        f"tied_{name}": (weight(["tied.v1", scalars, {"book": PLAIN}]), message)
+        for name, scalars, message in (
+            ("missing", {}, r"rows must lie in \[1, 3\], got None"),
+            ("none", {"rows": 0}, r"rows must lie in \[1, 3\], got 0"),
+            ("bool", {"rows": True}, r"rows must lie in \[1, 3\], got True"),
+            ("more", {"rows": 4}, r"rows must lie in \[1, 3\], got 4"),
+            ("huge", {"rows": HUGE}, r"rows must lie in \[1, 3\], got"),
+            ("flag", {"rows": 2, "scaled": 1}, "kernels and scaled are true or left out, got"),
+            ("flat", {"rows": 2, "kernels": True}, r"kernels need a shape .* in 3 .* \[3, 4\]"),
+        )
+    },
+    "tied_idle": (weight(["tied.v1", {"rows": 2, "scaled": False}, {"book": PLAIN}], coded_tie()),
+                  "scalars or parts that do nothing"),
+    "tied_bare": (weight(["tied.v1", {"rows": 2}], coded_tie()), "lacks its part 'book'"),
+    "tied_void": (
+        entries(["a", [0, 4], ["tied.v1", {"rows": 1}, {"book": PLAIN}]]), "a shape of numbers in 2"
+    ),
     "structure_empty": (
         entries(["a", [0, 4], ["circulant.v1", {"block": 2}, {"generators": PLAIN}]]),
         r"circulant.v1 needs a shape of numbers, got \[0, 4\]",

@@ -55,6 +55,7 @@ FLOORS = (
         "pattern_weights",
         "structured_weight",
         "hashed_weight",
+        "tied_weight",
     },
     {"mask", "selection", "dead_units", "shared_weight", "affine_weight", "unit_cuts"},
     {"fake_quantization", "norms", "engine_ops"},

@@ -104,3 +104,69 @@ def nearest_vector(vectors: Tensor, weights: Tensor, table: Tensor) -> Tensor:
 def mirror(table: Tensor) -> Tensor:
     """A table and its opposite: [n, …] → [2 n, …]."""
     return torch.cat([table, -table])
+
+
+def k_lines(
+    rows: Tensor, weights: Tensor, count: int, scaled: bool, iterations: int, relative: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines through zero that rows [n, d] lie near: index [n], scale [n], and book [count, d].
+
+    They make Σ weights · |row − scale · book[index]|² small, by turns in each of the three (scale
+    1 unless `scaled`): the best rank-one matrix of each cluster's rows. weights: [n], above 0. They
+    start at rows that are farthest from those before, as `far_rows` finds them.
+    """
+    x, w = rows.double(), weights.double()
+    book = x[far_rows(x, w, scaled, relative, count)]
+    squares = x.square().sum(1)
+    for turn in range(iterations + 1):
+        index, scale, saved = _on_lines(x, book, scaled)
+        if turn == iterations:
+            break
+        weighed = w * scale
+        moved = torch.zeros_like(book).index_add(0, index, weighed[:, None] * x)
+        mass = torch.zeros(count, dtype=x.dtype).index_add(0, index, weighed * scale)
+        moved = torch.where(mass[:, None] > 0, moved / mass[:, None].clamp(min=1e-300), book)
+        empty = (torch.bincount(index, minlength=count) == 0).nonzero().squeeze(1)
+        far = (w * (squares - saved)).argsort(descending=True, stable=True)[: len(empty)]
+        moved[empty] = x[far]
+        if torch.allclose(moved, book, rtol=1e-9, atol=0):
+            break
+        book = moved
+    return index, scale, book
+
+
+def far_rows(
+    rows: Tensor, weights: Tensor, scaled: bool, relative: bool, count: int, bound: float = -1.0
+) -> Tensor:
+    """Rows [n, d] float64, each the farthest from the lines (or points) of those before.
+
+    `count` of them, or fewer where all are within the bound. relative: distances count beside a
+    row's own length. Gonzalez: Clustering to minimize the maximum intercluster distance (1985).
+    """
+    squares = rows.square().sum(1)
+    sizes = squares.clamp(min=1e-300)
+    beside = weights / sizes if relative else weights
+    left, chosen = squares.clone(), list[int]()
+    while len(chosen) < count:
+        farthest = int((beside * left).argmax())
+        if chosen and float(beside[farthest] * left[farthest]) <= bound:
+            break
+        chosen.append(farthest)
+        _, _, saved = _on_lines(rows, rows[farthest : farthest + 1], scaled)
+        left = torch.minimum(left, (squares - saved).clamp(min=0))
+        left[farthest] = -1.0  # never twice
+    return torch.tensor(chosen)
+
+
+def _on_lines(x: Tensor, book: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest line or point for each row: its index, the scale, |row|² less the distance²."""
+    squares = book.square().sum(1).clamp(min=1e-300)
+    found = []
+    for part in torch.split(x, 1 << 12):
+        dots = part @ book.T
+        gains = dots.square() / squares if scaled else 2 * dots - squares
+        gain, index = gains.max(1)
+        by = dots.gather(1, index[:, None])[:, 0] / squares[index]
+        found.append((index, by if scaled else torch.ones_like(by), gain))
+    index, scale, gain = (torch.cat(each) for each in zip(*found, strict=True))
+    return index, scale, gain

@@ -20,6 +20,7 @@ from taut.techniques.share_values import ShareValues
 from taut.techniques.structured_matrix import StructuredMatrix
 from taut.techniques.student import Student
 from taut.techniques.swap_convs import SwapConvs
+from taut.techniques.tie_filters import TieFilters
 from taut.techniques.tie_layers import TieLayers
 from taut.techniques.variational_dropout import VariationalDropout
 from taut.techniques.widen import Widen
@@ -45,6 +46,7 @@ __all__ = [
     "StructuredMatrix",
     "Student",
     "SwapConvs",
+    "TieFilters",
     "TieLayers",
     "VariationalDropout",
     "Widen",

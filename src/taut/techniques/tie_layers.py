@@ -15,9 +15,8 @@ Srinivasa: Git Re-Basin (ICLR 2023) matches units of two networks. Where we diff
 of one network are tied, and a factor or an order is looked at on the example and undone where it
 changes an answer. What is near by distance need not be near in effect: recover after it.
 
-Filters of one layer are other techniques' work: those that are multiples of each other give
-parallel outputs, which `merge_neurons` joins, so that one of them is not even computed; and pieces
-of rows that come again are stored once by `share_values(vector=4)`.
+Filters of one layer are tied by `tie_filters`, which leaves every layer as wide as it is; where the
+layers that read them can be changed too, `merge_neurons` joins them for good.
 """
 
 from __future__ import annotations
