@@ -305,8 +305,8 @@ def test_a_file_that_disagrees_is_kept_under_another_name(tmp_path, monkeypatch)
     net = a_digits_net()
     honest = onnx_file.model_of
 
-    def wrong(job, opened):
-        model = honest(job, opened)
+    def wrong(job, opened, unsigned=False):
+        model = honest(job, opened, unsigned)
         weight = model.graph.initializers["last.weight"]
         array = weight.const_value.numpy() * 1.5
         weight.const_value = onnx_file.ir.tensor(array, name="last.weight")

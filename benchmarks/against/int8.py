@@ -18,13 +18,11 @@ from pathlib import Path
 
 import torch
 from against.quantizers import QUANTIZERS
-from against.racing import Entry, Time, made, race
+from against.racing import Entry, Make, Time, brief, made, race
 from harness import Figure
 from torch import Tensor, nn
 
 import taut
-from against.quantizers import QUANTIZERS
-from against.racing import Entry, Make, Time, brief, made, race
 from taut.data import Batches, ImageData, fashion_mnist, images, mnist
 from taut.export.targets import TARGETS, Runner
 from taut.fastest import ENGINES
