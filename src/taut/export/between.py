@@ -5,6 +5,7 @@ holds along a chain; it does not where branches are added or joined, and before 
 
     a sum, a joint or a mean reads its inputs rounded: as a next layer rounds them already, else by
     8 bits whose range is found on samples (the least mean squared error, ranges.py);
+    so does a product with whole weights whose input no technique could round, as attention's are;
     a maximum pool reads what its reader rounds, which gives the very same numbers.
 """
 
@@ -37,6 +38,9 @@ def round_between(model: ir.Model, seen: Seen) -> int:
         _before_pool(graph, node)
     places: list[tuple[ir.Node, int, ir.Value]] = []
     for node in graph:
+        if _half_whole(node):
+            assert node.inputs[0] is not None
+            places.append((node, 0, node.inputs[0]))
         if node.op_type not in _JOINTS:
             continue
         values = [v for v in node.inputs if v is not None]
@@ -59,6 +63,20 @@ def round_between(model: ir.Model, seen: Seen) -> int:
             node.replace_input_with(at, found)
     graph.sort()
     return len(places)
+
+
+def _half_whole(node: ir.Node) -> bool:
+    """Whether a product has a whole weight and reads floats."""
+    if node.op_type not in _MULTIPLIES:
+        return False
+    x, weight = node.inputs[:2]
+    source = None if weight is None else weight.producer()
+    if x is None or x.const_value is not None or source is None:
+        return False
+    whole = source.op_type == "DequantizeLinear" and "block_size" not in source.attributes
+    numbers = source.inputs[0]
+    fixed = whole and numbers is not None and numbers.const_value is not None
+    return fixed and _producer(x) != "DequantizeLinear"
 
 
 def _producer(value: ir.Value) -> str:

@@ -20,7 +20,7 @@ from taut.export.fuse import fuse
 from taut.export.graph import graph_of, layer_of
 from taut.export.job import Job
 from taut.export.targets import Runner
-from taut.export.whole import unsign
+from taut.export.whole import flatten_products, unsign
 from taut.files import write_atomically
 
 Opened = Callable[[Path], Runner]
@@ -32,8 +32,9 @@ _MANY = 64  # floats that are worth a half precision
 def model_of(job: Job, opened: Opened, unsigned: bool = False) -> ir.Model:
     """The network as an ONNX model, with what it tells of itself.
 
-    opened: opens ONNX files in the engine. unsigned: whether its whole numbers are uint8. Raises
-    ExportError where the network fixes a dimension that was to be free.
+    opened: opens ONNX files in the engine. unsigned: whether its whole numbers are uint8, and
+    its products flat, as ONNX Runtime has them. Raises ExportError where the network fixes a
+    dimension that was to be free.
     """
 
     def finish(model: ir.Model) -> None:
@@ -45,6 +46,7 @@ def model_of(job: Job, opened: Opened, unsigned: bool = False) -> ir.Model:
             round_between(model, partial(_seen, job, opened))
         if unsigned:
             unsign(model.graph)
+            flatten_products(model.graph)
 
     model = graph_of(job.program, job.plain.integers, finish)
     for value in model.graph.inputs:

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+from onnxscript import ir
 from torch import Tensor
 
 from taut.errors import ExportError
 from taut.export.job import Job
 from taut.export.onnx_file import about, model_of, refused, save
 from taut.export.targets import Runner, check_count
+from taut.export.whole import widen_rest
+
+_RECURRENT = (b"LSTM", b"GRU", b"RNN")
 
 __all__ = ["about", "opened", "write"]
 
@@ -38,7 +43,7 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            _widened(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's own types have no common base
         raise ExportError(refused("ONNX Runtime", path, error)) from error
@@ -56,8 +61,19 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
     return run
 
 
+def _widened(path: Path) -> str | bytes:
+    """The file, or its content where recurrent layers would widen their weights at every run."""
+    content = path.read_bytes() if path.is_file() else b""
+    layers = any(kind in content for kind in _RECURRENT)
+    if not layers or b"QuantizeLinear" not in content or _only_weights(path):
+        return str(path)
+    model = ir.from_proto(onnx.load_from_string(content))
+    widen_rest(model)
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
 def _only_weights(path: Path) -> bool:
     """Whether only weights are whole numbers, and of layers that would widen them at every run."""
     content = path.read_bytes() if path.is_file() else b""
-    layers = any(kind in content for kind in (b"Conv", b"LSTM", b"GRU", b"RNN"))
-    return layers and b"QuantizeLinear" not in content
+    layers = any(kind in content for kind in (b"Conv", *_RECURRENT))
+    return layers and b"QuantizeLinear" not in content.replace(b"DequantizeLinear", b"")

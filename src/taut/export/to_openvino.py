@@ -21,6 +21,7 @@ from taut.export import onnx_file
 from taut.export.job import Job
 from taut.export.targets import Runner, check_count
 from taut.kernels.openvino import extension
+from taut.export.whole import widen_rest
 
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -29,7 +30,9 @@ def write(job: Job, path: Path) -> None:
     """Write the network as OpenVINO's own format, by way of ONNX."""
     with TemporaryDirectory() as folder:
         between = Path(folder) / "net.onnx"
-        onnx_file.save(onnx_file.model_of(job, opened), between)
+        made = onnx_file.model_of(job, opened)
+        widen_rest(made)
+        onnx_file.save(made, between)
         try:
             model = _core(between).read_model(between)
         except RuntimeError as error:

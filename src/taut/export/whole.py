@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 from onnxscript import ir
+from onnxscript.optimizer import optimize_ir
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-    """An array among a graph's initializers."""
+    """An array among a graph's initializers, by a name of its own."""
+    while name in graph.initializers:
+        name += "_"
     tensor = ir.tensor(array, name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
@@ -98,6 +101,41 @@ def _whole_bias(
     return ir.node("DequantizeLinear", constants, attributes={"axis": 0})
 
 
+def flatten_products(graph: ir.Graph) -> None:
+    """Products of whole numbers over several dimensions as a Gemm over one, with their bias."""
+    for node in [n for n in graph if n.op_type == "MatMul"]:
+        x, weight, product = node.inputs[0], node.inputs[1], node.outputs[0]
+        source = None if weight is None else weight.producer()
+        adds = [u for u, _ in product.uses() if u.op_type == "Add"]
+        if x is None or source is None or source.op_type != "DequantizeLinear":
+            continue
+        if x.shape is None or len(adds) != 1 or len(product.uses()) != 1:
+            continue
+        (bias,) = (v for v in adds[0].inputs if v is not product)
+        whole = _whole_bias(graph, x, source, bias)
+        free = [d for d in x.shape if not isinstance(d, int)]
+        if whole is None or len(free) > 1 or len(x.shape) < 2:
+            continue
+        assert bias is not None
+        assert bias.const_value is not None
+        inner, outer = x.shape[-1], bias.const_value.shape[-1]
+        known = [d if isinstance(d, int) else -1 for d in x.shape[:-1]]
+        shapes = [
+            constant(graph, f"{product.name}.{k}", np.asarray(v, np.int64))
+            for k, v in (("rows", [-1, inner]), ("shape", [*known, outer]))
+        ]
+        rows = ir.node("Reshape", [x, shapes[0]])
+        gemm = ir.node("Gemm", [rows.outputs[0], weight, whole.outputs[0]])
+        back = ir.node("Reshape", [gemm.outputs[0], shapes[1]])
+        for new in (whole, rows, gemm, back):
+            new.metadata_props.update(node.metadata_props)
+        old, result = adds[0].outputs[0], back.outputs[0]
+        result.shape, result.type, result.name = old.shape, old.type, old.name
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        graph.insert_before(adds[0], [whole, rows, gemm, back])
+        graph.remove([adds[0], node], safe=True)
+
+
 def tell_zeros(graph: ir.Graph) -> None:
     """Name the zero of weights that meet rounded inputs: ONNX Runtime's products ask for it."""
     for node in [n for n in graph if n.op_type == "DequantizeLinear" and len(n.inputs) == 2]:
@@ -109,6 +147,22 @@ def tell_zeros(graph: ir.Graph) -> None:
             zeros = np.zeros(step.const_value.numpy().shape, np.int8)
             node.resize_inputs(3)
             node.replace_input_with(2, constant(graph, f"{node.outputs[0].name}.zero", zeros))
+
+
+def widen_rest(model: ir.Model) -> None:
+    """Write as floats whole weights that meet no rounded input, where others do.
+
+    Engines that look for products of whole numbers widen the others at every run, or refuse to.
+    """
+    if any(n.op_type == "QuantizeLinear" for n in model.graph):
+        optimize_ir(model, should_fold=_stands_alone)
+
+
+def _stands_alone(node: ir.Node) -> bool | None:
+    if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        return None
+    readers = {user.op_type for user, _ in node.outputs[0].uses()}
+    return node.op_type == "DequantizeLinear" and not readers & {"Conv", "Gemm", "MatMul", "Add"}
 
 
 def unsign(graph: ir.Graph) -> None:
