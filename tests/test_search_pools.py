@@ -144,7 +144,9 @@ def test_latencies_are_taken_in_turn(tmp_path):
                 (1, 1, "pytorch"), (64, 1, "pytorch"),
             ]  # fmt: skip
             assert all(t.runs >= 2 and t.median_ms > 0 for t in times)
-    with pytest.raises(SearchError, match="no engine is named 'gpu'; known: auto, compile, eager, onnx"):
+    with pytest.raises(
+        SearchError, match="no engine is named 'gpu'; known: auto, compile, eager, onnx"
+    ):
         timed_in_turn(ground(tmp_path), [], engine="gpu")
 
 
