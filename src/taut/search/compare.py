@@ -24,7 +24,7 @@ from taut.recipe import Recipe
 from taut.search.jobs import Job, Outcome
 from taut.search.options import settings_of
 from taut.search.pools import Here, Pool, Processes, timed
-from taut.search.space import aim_knob, chosen, strength, tells_its_bytes
+from taut.search.space import aim_knob, chosen, fitting, tells_its_bytes
 from taut.task import Task
 from taut.technique import Setting, Technique
 from taut.trace import Trace, trace
@@ -154,7 +154,7 @@ def _strengths(
         steered = tells_its_bytes(cls(), site.shape)
     except TautError:
         steered = False
-    knob = aim_knob(original.size_bytes) if steered else strength(cls, site)
+    knob = aim_knob(original.size_bytes) if steered else fitting(cls, traced)
     if knob is None:
         yield " > ".join([*head, str(cls()), tail])
         return
