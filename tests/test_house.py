@@ -66,7 +66,7 @@ FLOORS = (
     {"objective"},
     {"recover", "measure", "pack", "frontier"},
     {"growth", "export"},
-    {"plan", "testing", "angles", "fastest"},
+    {"plan", "testing", "angles", "fastest", "answers"},
     {"trial"},
     {"compress"},
     {"search", "frontier_data"},

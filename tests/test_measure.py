@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import taut
 from taut.layers import run_dense
-from taut.measure import latency, measure, peak_memory, tensor_bytes
+from taut.measure import measure, peak_memory, tensor_bytes
 from taut.modules import clone, tensor_at
 from taut.techniques import PruneWeights
+from taut.timing import latency
 from taut.zoo import LeNet5, LeNet300
 
 

@@ -378,3 +378,8 @@ def test_a_schedule_of_what_is_gone_for_good_is_refused(rule: str) -> None:
     recipe = Recipe.parse(f"prune_weights({rule}) > schedule() > recover()")
     with pytest.raises(RecipeError, match=r"from site '0.weight' is gone for good .* leave"):
         check(recipe, TRACE)
+
+
+def test_what_does_not_fit_a_site_is_refused_before_it_is_drawn() -> None:
+    with pytest.raises(RecipeError, match="block must be at most the inputs of a weight, got 100"):
+        check(Recipe.parse("structured_matrix(block=100)"), TRACE)

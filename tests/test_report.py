@@ -18,9 +18,17 @@ from torch import nn
 import taut
 from taut import report, report_data
 from taut.angles import RowAngles
+from taut.answers import Answers, Changed, Moved
 from taut.errors import RunError
 from taut.report import format_change, write_report
-from taut.report_data import LayerRow, LayersAt, ReportData, Row
+from taut.report_data import (
+    EngineRow,
+    LayerRow,
+    LayersAt,
+    ReportData,
+    Row,
+    SensitivityRow,
+)
 from taut.types import Candidate, Measurement
 
 POINT = "\N{MINUS SIGN}1.00 points"
@@ -221,6 +229,71 @@ def test_each_weight_is_told_with_its_angle(data: ReportData) -> None:
     assert 'href="#angles"' not in bare
 
 
+ANSWERS = Answers(
+    classes=("zero", f"one{HOSTILE}"), examples=1200, changed=3, lost=2, won=1,
+    before=((600, 0), (1, 599)), after=((598, 2), (0, 600)),
+    moved=(
+        Moved(target="zero", answer="zero", before=600, after=598, right=True),
+        Moved(target="zero", answer=f"one{HOSTILE}", before=0, after=2, right=False),
+    ),
+    shown=(
+        Changed(number=7, target="zero", before="zero", after="one", was_right=True,
+                is_right=False, picture="data:image/png;base64,AAAA"),
+        Changed(number=9, target="one", before="zero", after="one", was_right=False,
+                is_right=True, text=HOSTILE),
+    ),
+)  # fmt: skip
+ENGINES = tuple(
+    EngineRow(engine=engine, batch=batch, threads=2, before_ms=0.5, before_iqr_ms=0.01,
+              after_ms=after, after_iqr_ms=None if after is None else 0.02)
+    for batch in (1, 64) for engine, after in (("onnx", 0.25), ("compile", None))
+)  # fmt: skip
+CURVES = (
+    SensitivityRow(name=f"fc{HOSTILE}", baseline=0.25, sparsities=(0.5, 0.9),
+                   losses=(0.3125, None)),
+)  # fmt: skip
+
+
+def section_of(page: str, name: str) -> str:
+    own = without_script(page)
+    found = own[own.index(f'<section id="{name}"') :]
+    return found[: found.index("</section>")]
+
+
+def words_of(section: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", section).replace("&nbsp;", " ").split())
+
+
+def test_answers_that_changed_are_told_and_shown(data: ReportData) -> None:
+    page = report.render(replace(data, answers=ANSWERS))
+    section = section_of(page, "answers")
+    text = words_of(section)
+    assert "Of 1,200 test examples, 3 got another answer: 2 that were right are wrong" in text
+    assert "zero zero, right 600 598 −2" in text
+    assert f"zero one{html.escape(HOSTILE)} 0 2 +2" in text
+    assert "Nº 7, is zero answered zero → one lost" in text
+    assert "answered zero → one won" in text
+    assert "2 of 3 are shown." in text
+    assert 'alt="Test example 7, of class zero"' in section
+    assert f"<blockquote>{html.escape(HOSTILE)}</blockquote>" in section
+    assert re.findall(r'class="(better|worse)">', section) == ["worse", "worse", "worse", "better"]
+    same = report.render(replace(data, answers=replace(ANSWERS, changed=0, moved=(), shown=())))
+    assert "Every example got the same answer as before." in section_of(same, "answers")
+    assert 'id="answers"' not in report.render(data)
+
+
+def test_engines_and_sensitivities_are_told_where_they_were_measured(data: ReportData) -> None:
+    page = report.render(replace(data, engines=ENGINES, sensitivities=CURVES))
+    assert "onnx 1 2 0.500 ± 0.010 0.250 ± 0.020" in words_of(section_of(page, "engines"))
+    assert "compile 64 2 0.500 ± 0.010 not measured" in words_of(section_of(page, "engines"))
+    told = words_of(section_of(page, "sensitivity"))
+    assert "unpruned 0.2500 Weight 50 % 90 %" in told
+    assert f"fc{html.escape(HOSTILE)} 0.3125 no number" in told
+    for name in ("engines", "sensitivity"):
+        assert f'href="#{name}"' in page
+        assert f'id="{name}"' not in report.render(data)
+
+
 def test_many_weights_fold_away(data: ReportData) -> None:
     many = tuple(replace(data.weights[0], name=f"layers.{i}.weight") for i in range(15))
     page = report.render(replace(data, weights=many))
@@ -324,6 +397,18 @@ def test_a_browser_draws_what_is_hostile_lower_or_missing(
     path.write_text(report.render(data), encoding="utf-8")
     drawn = opened(chromium, path)
     assert "score (lower is better)</text>" in drawn
+    assert "<b>bold" not in drawn
+
+
+def test_a_browser_draws_what_was_measured_besides(
+    chromium: list[str], data: ReportData, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    more = replace(data, answers=ANSWERS, engines=ENGINES, sensitivities=CURVES)
+    path.write_text(report.render(more), encoding="utf-8")
+    drawn = opened(chromium, path)
+    for name in ("confusion", "engines-ms", "sensitivities"):
+        assert re.search(rf'<div class="plot[^"]*js-plotly-plot" id="{name}"', drawn)
     assert "<b>bold" not in drawn
 
 

@@ -1,21 +1,25 @@
 """Jobs in other processes: their outcomes, workers that die, what cannot be sent, timing."""
 
+import importlib
 import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from conftest import digits_task, small_net
 from test_search import trained_net
 
 import taut
-from taut.errors import RunError, SearchError
+from taut.errors import ExportError, RunError, SearchError
 from taut.search import loop, search
 from taut.search.jobs import Job, Outcome, run_job, shipment, unpacked
-from taut.search.pools import Here, Processes, Server, timed
+from taut.search.pools import Clock, Here, Processes, Server, timed
 from taut.search.timing import timed_in_turn
 from taut.trial import Ground
+from taut.types import Latency
 from taut.watch import Watch
 
 
@@ -140,7 +144,9 @@ def test_latencies_are_taken_in_turn(tmp_path):
                 (1, 1, "pytorch"), (64, 1, "pytorch"),
             ]  # fmt: skip
             assert all(t.runs >= 2 and t.median_ms > 0 for t in times)
-    with pytest.raises(SearchError, match="no engine is named 'gpu'; known: torch"):
+    with pytest.raises(
+        SearchError, match="no engine is named 'gpu'; known: auto, compile, eager, onnx"
+    ):
         timed_in_turn(ground(tmp_path), [], engine="gpu")
 
 
@@ -183,3 +189,90 @@ def test_a_trial_knows_its_outcome_at_every_rung(tmp_path):
     assert job(tmp_path, 0, grown).done() == found[grown]
     assert [r["epoch"] for r in found[grown].history] == [1, 1, 2]
     assert job(tmp_path, 0, "share_values(bits=3)").done() is None
+
+
+def test_another_engine_is_timed_at_the_threads_that_were_named(tmp_path, monkeypatch):
+    asked = []
+
+    def told(net, task, engine, batches, threads):
+        asked.append((engine, tuple(batches), threads))
+        if len(asked) == 3:
+            raise ExportError("onnx does not run the network: it lacks an operation")
+        return (
+            Latency(batch=1, threads=threads, engine=engine, median_ms=1.0, iqr_ms=0.0, runs=9),
+        )
+
+    monkeypatch.setattr(importlib.import_module("taut.search.timing"), "latencies", told)
+    here, file = ground(tmp_path), tmp_path / "net.taut"
+    taut.pack(trained_net(), file)
+    found = timed_in_turn(here, [str(file)] * 2, engine="onnxruntime", threads=3, batches=(1,))
+    assert asked == [("onnx", (1,), 3)] * 3
+    assert [len(times) for times, _ in found] == [1, 1, 0]
+
+
+def test_one_process_takes_latencies_time_after_time(tmp_path):
+    here, file = ground(tmp_path), tmp_path / "net.taut"
+    taut.pack(trained_net(), file)
+    with Clock(here, threads=1) as clock:
+        assert clock.server is not None
+        process = clock.server.process.pid
+        for count in (1, 2):
+            found = clock.timed([str(file)] * count, rounds=1, batches=(2,))
+            assert [[(t.batch, t.threads) for t in ts] for ts, _ in found] == [
+                [(2, 1)] for _ in range(count + 1)
+            ]
+        assert clock.server.process.pid == process
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(RunError, match="the process that times the networks ended: signal 9"):
+            clock.timed([str(file)])
+    assert not list(tmp_path.glob(".timed*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads Linux's process table")
+def test_while_another_is_timed_the_workers_stand_still(two):
+    pool, folder = two
+
+    def states():
+        stats = [Path(f"/proc/{s.process.pid}/stat").read_text() for s in pool.servers]
+        return {s.rpartition(") ")[2][0] for s in stats}
+
+    with pool.quiet():
+        deadline = time.monotonic() + 60
+        while states() != {"T"} and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert states() == {"T"}
+    pool.submit(job(folder, 90))
+    assert pool.next()[1].candidate is not None
+
+
+def test_where_latency_decides_each_candidate_is_timed_apart(tmp_path, monkeypatch):
+    asked = []
+
+    class NoClock:
+        def __init__(self, ground, **options):
+            asked.append(options)
+
+        def timed(self, files, **more):
+            asked.append((len(files), more))
+            at = {"batch": 1, "threads": 1, "engine": "onnx", "iqr_ms": 0.0, "runs": 3}
+            slow, fast = (Latency(median_ms=ms, **at) for ms in (4.0, 1.0))
+            return [((slow,), ()), *[((fast,), ())] * len(files)]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(loop, "Clock", NoClock)
+    monkeypatch.setattr(loop, "timed", lambda ground, files, **_: NoClock(ground).timed(files))
+    options = {"trials": 2, "epochs": 1, "techniques": "share_values", "engine": "onnxruntime"}
+    result = search(
+        trained_net(), digits_task(), "latency<=30%, score>=-50%", folder=tmp_path, threads=1,
+        **options,
+    )  # fmt: skip
+    assert asked[:3] == [
+        {"threads": 1, "engine": "onnx"}, *[(1, {"rounds": 3, "batches": (1,)})] * 2
+    ]  # fmt: skip
+    assert result.met
+    assert (result.original.latency().median_ms, result.measurement.latency().median_ms) == (4, 1)

@@ -87,6 +87,26 @@ def test_a_spread_goes_from_end_to_end():
     assert Knob(step="a", option="b", scale="words", words=("x", "y")).spread(3) == ["x", "y"]
 
 
+def test_a_knob_is_narrowed_to_what_goes():
+    knob = Knob(step="a", option="b", scale="whole", low=2, high=4096)
+    asked = []
+    narrow = knob.narrowed(lambda v: asked.append(v) or v <= 36)
+    assert narrow.low == 2
+    assert 18 < narrow.high <= 36
+    assert asked[:2] == [2, 4096]
+    assert knob.narrowed(lambda v: True) is knob
+    assert knob.narrowed(lambda v: False) is knob  # its row says why
+    words = Knob(step="a", option="b", scale="words", words=("x", "y"))
+    assert words.narrowed(lambda v: v == "y").words == ("y",)
+
+
+def test_a_strength_goes_on_every_site_of_the_network():
+    outlook, _ = made()
+    space = outlook.space("structured_matrix")
+    inputs = [s.numel // s.shape[0] for s in outlook.trace.sites]
+    assert space.knobs["structured_matrix"].high <= min(inputs) < 4096
+
+
 def test_aims_stay_within_the_bound():
     knob = aim_knob(100_000, bound=3000.0)
     assert (knob.low, knob.high) == (200, 2910)

@@ -25,8 +25,8 @@ from torch import nn
 import taut
 from taut import zoo
 from taut.data import Batches, fashion_mnist, images
-from taut.measure import latency
 from taut.modules import clone
+from taut.timing import latency
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import ROOT, Figure, run

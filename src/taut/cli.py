@@ -112,7 +112,7 @@ def compress_command(
                 model, task, wanted, folder=run_folder, seed=seed, precision=precision,
                 epochs=epochs, trials=trials, fresh=fresh, engine=engine, watch=watch,
             )  # fmt: skip
-            report = once(lambda: write_report(result, model))
+            report = once(lambda: write_report(result, model, task=task))
     except KeyboardInterrupt as stop:
         err.print("stopped; the same command goes on from here (without --fresh)")
         raise typer.Exit(130) from stop

@@ -61,7 +61,9 @@ def search_command(
         str | None, typer.Option(help="a database's URL; by default a journal in the run folder")
     ] = None,
     study: Annotated[str, typer.Option(help="its name there; by default the task's")] = "",
-    engine: Annotated[str, typer.Option(help="that latencies are taken with")] = "torch",
+    engine: Annotated[
+        str, typer.Option(help="that latencies are taken with: pytorch, one of bench's, or auto")
+    ] = "pytorch",
     threads: Annotated[int, typer.Option(help="that latencies are taken at; 0: all")] = 0,
     precision: Annotated[
         str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
@@ -86,7 +88,7 @@ def search_command(
             settings=settings, workers=workers, ray=ray, batch=batch, storage=storage, study=study,
             engine=engine, threads=threads, precision=precision, seed=seed,
         )  # fmt: skip
-        report = write_report(result, model)
+        report = write_report(result, model, task=task)
     if as_json:
         print_json(_search_json(result, report))
     else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,12 @@ from typing import Any
 import xxhash
 from torch import nn
 
-from taut.errors import GoalError, RunError
-from taut.files import read_json, write_atomically
+from taut.errors import GoalError
+from taut.files import check_asked, clear, read_json, write_atomically
 from taut.frontier import Frontier
 from taut.goal import Goal, Verdict, is_goal
 from taut.machine import machine, versions
-from taut.measure import BATCHES, latency, measure
+from taut.measure import BATCHES, measure
 from taut.modules import clone
 from taut.pack import check_precision, load
 from taut.plan import check, propose
@@ -36,6 +35,7 @@ from taut.recipe import Recipe
 from taut.statistics import Statistics
 from taut.task import Task
 from taut.technique import Step, Technique
+from taut.timing import in_turn
 from taut.trace import Trace, trace
 from taut.trial import Ground, Trial, apply_step, fingerprint
 from taut.tune import run_chosen
@@ -181,36 +181,20 @@ class _Run:
         )  # fmt: skip
         if isinstance(aim, Recipe):
             check(aim, self.trace)  # refuse now what would be refused after hours of training
-        loss = task.calibration_loss() if isinstance(aim, Goal) else None
-        self.statistics = Statistics(model, loss)  # only a goal asks for them
+        loss = self.ground.calibration if isinstance(aim, Goal) else None
+        self.statistics = Statistics(model, loss, self.trace, self.ground.curves)  # for a goal
 
     def _opened(self, asked: dict[str, Any], fresh: bool) -> dict[str, Any]:
         """The run's record, as it was left or new, after checking that the folder is this run's."""
         path = self.folder / "run.json"
         if fresh and path.is_file():
-            self._forget()
+            clear(self.folder, ("trials", "net.taut", "report.html", "log.txt", "run.json"))
         if path.is_file():
             old = read_json(path)
-            other = [k for k, v in asked.items() if old.get(k) != v]
-            if other:
-                raise RunError(
-                    f"{self.folder} belongs to another run (its {other[0]} is "
-                    f"{old.get(other[0])!r}, not {asked[other[0]]!r}); choose another folder or "
-                    "use --fresh"
-                )
+            check_asked(str(self.folder), old, asked, "run")
             self.record = {**old, "versions": versions(), "machine": machine()}
         self.save()
         return self.record
-
-    def _forget(self) -> None:
-        """Remove what a run writes, and nothing else that lies in the folder."""
-        try:
-            if (self.folder / "trials").is_dir():
-                shutil.rmtree(self.folder / "trials")
-            for name in ("net.taut", "report.html", "log.txt", "run.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot clear {self.folder}: {error}; choose another folder") from error
 
     def save(self) -> None:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
@@ -311,6 +295,7 @@ class _Run:
             self.record["candidates"] = [c.to_json() for c in tried]
             self.record["chosen"] = chosen
             self.record["status"] = "done"
+            self.record["sensitivity"] = self.ground.sensitivity()
             self.save()
         return self.record
 
@@ -323,9 +308,11 @@ class _Run:
         self.ground.say("timing the original and the result in turn")
         before, after = [], []
         for batch in BATCHES:
-            example = self.task.example(batch)
             run_chosen(packed, best.measurement.choices, batch)
-            before.append(latency(self.model, example, batch))
-            after.append(latency(packed, example, batch))
+            old, new = in_turn(
+                [lambda: self.model, lambda: packed], self.task.example(batch), batch
+            )
+            before.append(old)
+            after.append(new)
         measurement = replace(best.measurement, latencies=tuple(after))
         return replace(original, latencies=tuple(before)), replace(best, measurement=measurement)

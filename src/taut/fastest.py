@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from taut.export.job import as_example, bound
 from taut.layers import packed_layers, run_dense
 from taut.pack import packed_copy
 from taut.task import Task
+from taut.timing import told
 from taut.trace import Example
 from taut.tune import tune
 from taut.types import Latency
@@ -120,8 +120,8 @@ def fastest(
         Console().print(race.table())
     if not race.latencies:
         shutil.rmtree(folder)
-        told = "; ".join(f"{e}: {why}" for e, why in race.refused.items())
-        raise ExportError(f"fastest: no engine runs the network: {told}")
+        whys = "; ".join(f"{e}: {why}" for e, why in race.refused.items())
+        raise ExportError(f"fastest: no engine runs the network: {whys}")
     best = race.latencies[0].engine
     run: nn.Module = packed
 
@@ -159,22 +159,26 @@ def race(
 
 
 def latencies(
-    net: nn.Module, task: Task, engine: str, batches: Iterable[int]
+    net: nn.Module, task: Task, engine: str, batches: Iterable[int], threads: int | None = None
 ) -> tuple[Latency, ...]:
-    """A network's latency in one engine, or by `auto` in the fastest, at each batch.
+    """A network's latency in one engine, or by `auto` in all of them, fastest first, at each batch.
 
-    A network without packed layers runs eager for `packed`.
+    A network without packed layers runs eager for `packed`. threads: by default PyTorch's.
 
     Raises ExportError where the engine does not run it.
     """
     engines = {"auto": ENGINES, "packed": ("packed", "eager")}.get(engine, (engine,))
-    found = []
+    found: list[Latency] = []
     for batch in batches:
-        run = race(net, task.example(batch), batch=batch, engines=engines, task=task)
+        run = race(
+            net, task.example(batch), batch=batch, threads=threads, engines=engines, task=task
+        )
         if not run.latencies:
-            told = "; ".join(run.refused.values())
-            raise ExportError(f"{engine} does not run the network: {told}")
-        found.append(next((t for t in run.latencies if t.engine == engine), run.latencies[0]))
+            raise ExportError(
+                f"{engine} does not run the network: {'; '.join(run.refused.values())}"
+            )
+        named = [t for t in run.latencies if t.engine == engine] or run.latencies[:1]
+        found += run.latencies if engine == "auto" else named
     return tuple(found)
 
 
@@ -268,15 +272,9 @@ def _timed(
         for worker in workers.values():
             worker.stop()
     size = length(*given)
-    return [_latency(engine, size, threads, found) for engine, found in times.items()]
-
-
-def _latency(engine: str, batch: int, threads: int, times: list[float]) -> Latency:
-    low, _, high = statistics.quantiles(times, n=4)
-    return Latency(
-        batch=batch, threads=threads, engine=engine, median_ms=statistics.median(times),
-        iqr_ms=high - low, runs=len(times),
-    )  # fmt: skip
+    return [
+        told(found, batch=size, threads=threads, engine=engine) for engine, found in times.items()
+    ]
 
 
 class _Worker:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +54,31 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
     return data
+
+
+def check_asked(
+    whose: str, old: Mapping[str, Any], asked: Mapping[str, Any], kind: str,
+    other: str = "another folder",
+) -> None:  # fmt: skip
+    """Raise RunError where something was begun for other than what is asked of it now."""
+    for name, value in asked.items():
+        if old.get(name) != value:
+            raise RunError(
+                f"{whose} belongs to another {kind} (its {name} is {old.get(name)!r}, not "
+                f"{value!r}); choose {other}, or use --fresh"
+            )
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Remove these files and folders of a run, and nothing else that lies there."""
+    try:
+        for name in names:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot clear {folder}: {error}; choose another folder") from error
 
 
 def unreadable(path: Path, error: Exception) -> RunError:

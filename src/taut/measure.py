@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 from taut.layers import packed_layers, run_dense
 from taut.modules import device_of, tensor_at, to_device
 from taut.task import Task
+from taut.timing import latency
 from taut.trace import Example, Trace
 from taut.tune import tune
 from taut.types import Choice, Latency, Measurement
@@ -73,32 +72,6 @@ def tensor_bytes(model: nn.Module) -> int:
     """The bytes of a network's parameters and buffers, tied ones once."""
     held = {v.data_ptr(): v for v in model.state_dict(keep_vars=True).values() if v.numel()}
     return sum(v.numel() * v.element_size() for v in held.values())
-
-
-@torch.no_grad()
-def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.25) -> Latency:
-    """Time one forward at PyTorch's present number of threads, after a warm-up."""
-    device = device_of(model)
-    args = tuple(to_device(a, device) for a in example[0])
-    kwargs = {k: to_device(v, device) for k, v in example[1].items()}
-    threads = torch.get_num_threads()
-    timer = Timer(
-        "model(*args, **kwargs)",
-        globals={"model": model, "args": args, "kwargs": kwargs},
-        num_threads=threads,
-    )
-    timer.timeit(2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a noisy machine shows in the spread
-        times = timer.blocked_autorange(min_run_time=seconds)
-    return Latency(
-        batch=batch,
-        threads=threads,
-        engine="pytorch",
-        median_ms=times.median * 1e3,
-        iqr_ms=times.iqr * 1e3,
-        runs=len(times.times),
-    )
 
 
 @torch.no_grad()

@@ -51,9 +51,15 @@ def check(recipe: Recipe, trace: Trace) -> None:
     at. Raises RecipeError too for a schedule that no recovery follows.
     """
     _check_order(recipe)
-    if not any(isinstance(s, Reshaping) for s in recipe.steps):  # it may rename the sites
+    reshapes = any(isinstance(s, Reshaping) for s in recipe.steps)  # which may rename the sites
+    if not reshapes:
         _check_schedules(recipe, trace)
+    _check_sites(recipe, trace)
+    if not reshapes:
         _check_shared(recipe, trace)
+
+
+def _check_sites(recipe: Recipe, trace: Trace) -> None:
     bare: Tensor | None = None
     cores = {s.name: [("", torch.zeros(()).expand(s.shape), bare)] for s in trace.places}
     for step in recipe.steps:

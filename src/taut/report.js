@@ -134,16 +134,22 @@ function curve(values, yaxis) {
   })];
 }
 
+// ANSWERS
+
 const timed = data.rows.find((r) => r.unit === "ms");
-const bytesAxis = {title: "bytes", unit: "bytes", axis: {type: "log", tickformat: "~s", dtick: "D2"}};
+const logarithmic = (values) => {
+  const some = values.filter((v) => v > 0), wide = Math.max(...some) > 300 * Math.min(...some);
+  return {type: "log", tickformat: "~s", dtick: wide ? 1 : "D2"};
+};
+const bytesAxis = {title: "bytes", unit: "bytes", axis: logarithmic([data.before_bytes, ...data.candidates.map((c) => c.size_bytes)])};
 const macs = data.rows.find((r) => r.label === "Effective MACs");
-const macsAxis = {title: "effective MACs", unit: "MACs", axis: {type: "log", tickformat: "~s", dtick: "D2"}};
+const macsAxis = {title: "effective MACs", unit: "MACs", axis: logarithmic([macs ? macs.before : 1, ...data.candidates.map((c) => c.macs)])};
 const timeAxis = {title: "latency, ms", unit: "ms", axis: {rangemode: "tozero"}};
 const plots = {
   "size-score": () => candidates(data.before_bytes, (c) => c.size_bytes, null, "bytes", bytesAxis),
   "macs-score": () => candidates(macs ? macs.before : null, (c) => c.macs, null, "macs", macsAxis),
   "latency-score": () => candidates(timed ? timed.before : null, (c) => c.latency_ms, (c) => c.latency_iqr_ms, "latency", timeAxis),
-  parts, turned,
+  parts, turned, confusion, sensitivities, "engines-ms": engines,
   loss: () => curve(data.epochs.map((e) => e.loss), axis("", {rangemode: "tozero"})),
   score: () => curve(data.epochs.map((e) => e.score === null ? null : percent * e.score), scoreAxis()),
   rate: () => curve(data.epochs.map((e) => e.learning_rate), axis("", {rangemode: "tozero", tickformat: "~g"})),

@@ -20,16 +20,20 @@ from torch import nn
 from taut.compress import Result
 from taut.files import write_atomically
 from taut.report_data import ReportData, Row, Unit, plural, report_data
+from taut.task import Task
 
 
-def write_report(result: Result, original_model: nn.Module, path: str | Path | None = None) -> Path:
+def write_report(
+    result: Result, original_model: nn.Module, path: str | Path | None = None,
+    task: Task | None = None,
+) -> Path:  # fmt: skip
     """Write the report of a finished run as one HTML file, and return its path.
 
-    path: by default report.html in the run's folder. Raises RunError as `report_data` does, and
-    where the file cannot be written.
+    path: by default report.html in the run's folder. task: to tell which answers changed. Raises
+    RunError as `report_data` does, and where the file cannot be written.
     """
     path = result.folder / "report.html" if path is None else Path(path)
-    write_atomically(path, render(report_data(result, original_model)).encode())
+    write_atomically(path, render(report_data(result, original_model, task)).encode())
     return path
 
 
@@ -43,29 +47,32 @@ def drawn(template: str, data: Any, *, percent: bool) -> str:
 
     percent: whether scores are told in per cent.
     """
+    here = Path(__file__)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.FileSystemLoader(here.parent), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(
         amount=partial(format_amount, percent=percent),
         changed=partial(format_change, percent=percent),
         significant=significant,
         plural=plural,
     )
-    here = Path(__file__)
-    return environment.from_string(here.with_name(template).read_text("utf-8")).render(
+    return environment.get_template(template).render(
         data=data,
         style=here.with_suffix(".css").read_text("utf-8"),
-        script=with_frontier(here.with_suffix(".js").read_text("utf-8")),
+        script=with_shared(here.with_suffix(".js").read_text("utf-8")),
         numbers=htmlsafe_json_dumps(_finite(asdict(data)), allow_nan=False),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
     )
 
 
-def with_frontier(script: str) -> str:
-    """A page's script with the picture of the candidates, which pages share, in its place."""
-    shared = Path(__file__).with_name("frontier.js").read_text("utf-8")
-    return script.replace("// FRONTIER\n", shared)
+def with_shared(script: str) -> str:
+    """A page's script with the pictures that have files of their own in their places."""
+    for name in ("frontier", "answers"):
+        own = Path(__file__).with_name(f"{name}.js").read_text("utf-8")
+        script = script.replace(f"// {name.upper()}\n", own)
+    return script
 
 
 def _finite(value: Any) -> Any:

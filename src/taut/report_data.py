@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taut.angles import RowAngles, angles
+from taut.answers import Answers, answers
 from taut.compress import Result
 from taut.errors import RunError
 from taut.frontier_data import CandidateRow, Curve, candidate_rows, curves
@@ -24,6 +25,7 @@ from taut.modules import owner, tensor_at, tensor_or_none
 from taut.pack import FileSummary, StoredTensor, inspect
 from taut.packed import PackedWeight
 from taut.recipe import Recipe
+from taut.task import Task
 from taut.types import Choice, Direction, EpochRecord, Latency, LeftAlone, Measurement
 
 BINS = 64
@@ -141,6 +143,29 @@ class SiteWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SensitivityRow:
+    """The loss as one weight of the original alone is pruned; None where it is no number."""
+
+    name: str
+    baseline: float
+    sparsities: tuple[float, ...]
+    losses: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRow:
+    """One forward in one engine at one batch, before and after, where it was timed."""
+
+    engine: str
+    batch: int
+    threads: int
+    before_ms: float | None
+    before_iqr_ms: float | None
+    after_ms: float | None
+    after_iqr_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """The epochs of one recovery, counted through the recipe, and the techniques before it."""
 
@@ -171,6 +196,9 @@ class ReportData:
     curves: tuple[Curve, ...]
     tensors: tuple[TensorRow, ...]
     layers: tuple[LayersAt, ...]
+    engines: tuple[EngineRow, ...]
+    sensitivities: tuple[SensitivityRow, ...]
+    answers: Answers | None
     weights: tuple[SiteWeights, ...]
     angles: tuple[RowAngles, ...]
     epochs: tuple[EpochRecord, ...]
@@ -194,11 +222,12 @@ class ReportData:
 # ---- computing it ---------------------------------------------------------------------------
 
 
-def report_data(result: Result, original_model: nn.Module) -> ReportData:
+def report_data(result: Result, original_model: nn.Module, task: Task | None = None) -> ReportData:
     """Gather what the report of a finished run tells.
 
-    original_model: the network that was compressed, for its weights. Raises RunError where the
-    run's folder lacks its record or holds another file than the one measured.
+    original_model: the network that was compressed, for its weights. task: to tell which answers
+    changed, by one pass over its test data. Raises RunError where the run's folder lacks its record
+    or holds another file than the one measured.
     """
     record = _record(result.folder)
     path = result.folder / "net.taut"
@@ -229,6 +258,8 @@ def report_data(result: Result, original_model: nn.Module) -> ReportData:
             _tensor(t, original_model, result.candidate.left) for t in summary.tensors
         ),
         layers=_layers(reached.choices, type(original_model).__name__),
+        engines=_engines(original, reached), sensitivities=_sensitivities(record),
+        answers=None if task is None else answers(original_model, result.model, task),
         weights=_weights(result.model, original_model, summary),
         angles=angles(original_model, result.model),
         epochs=result.history, phases=_phases(result.history, recipe),
@@ -333,6 +364,33 @@ def _layers(choices: Sequence[Choice], network: str) -> tuple[LayersAt, ...]:
         kept = sum(r.runs_packed for r in rows)
         groups.append(LayersAt(batch=batch, threads=threads, packed=kept, layers=rows))
     return tuple(groups)
+
+
+def _engines(before: Measurement, after: Measurement) -> tuple[EngineRow, ...]:
+    """By batch, the compressed network's fastest engine first; none where there was one only."""
+    old, new = ({(t.batch, t.engine): t for t in m.latencies} for m in (before, after))
+    places = sorted({**new, **old}, key=lambda at: at[0])  # within a batch as they were
+    if len({engine for _, engine in places}) < 2:
+        return ()
+    return tuple(
+        EngineRow(
+            engine=engine, batch=batch, threads=(was or now).threads,  # type: ignore[union-attr]
+            before_ms=was and was.median_ms, before_iqr_ms=was and was.iqr_ms,
+            after_ms=now and now.median_ms, after_iqr_ms=now and now.iqr_ms,
+        )
+        for batch, engine in places
+        for was, now in [(old.get((batch, engine)), new.get((batch, engine)))]
+    )  # fmt: skip
+
+
+def _sensitivities(record: Mapping[str, Any]) -> tuple[SensitivityRow, ...]:
+    return tuple(
+        SensitivityRow(
+            name=name, baseline=curve["baseline"], sparsities=tuple(curve["sparsities"]),
+            losses=tuple(curve["losses"]),
+        )
+        for name, curve in record.get("sensitivity", {}).items()
+    )  # fmt: skip
 
 
 def _weights(

@@ -100,6 +100,7 @@ class Task:
     learning_rate: the rate the network was trained at; recover takes a tenth of it (Han 2015).
     model: a function that returns the trained network, where the task knows one.
     about: what exported files are to tell of the network, as JSON: labels, preprocessing.
+    show: (the arguments of one example) → its text, or its image as a tensor, for reports.
     name, source: what the run is called, and the file that the task came from.
     """
 
@@ -118,8 +119,10 @@ class Task:
         name: str = "task",
         source: Path | None = None,
         about: Mapping[str, Any] | None = None,
+        show: Callable[..., str | Tensor] | None = None,
     ) -> None:
         self.name = name
+        self.show = show
         self.about = dict(about or {})
         self.source = source
         self.model = model
@@ -286,8 +289,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def load_task(path: str | Path) -> Task:
     """A task from a Python file with `model()`, `train()` and `test()`.
 
-    The file may also define `validation()`, `loss`, `score`, `better`, `example()`, `learning_rate`
-    and `about`. Raises TaskError where it does not import, or lacks one of the three.
+    The file may also define `validation()`, `loss`, `score`, `better`, `example()`,
+    `learning_rate`, `about` and `show()`. Raises TaskError where it does not import, or lacks one
+    of the three.
     """
     path = Path(path)
     if not path.is_file():
@@ -310,7 +314,7 @@ def load_task(path: str | Path) -> Task:
             raise TaskError(
                 f"{path} lacks a function {name}(); a task needs model(), train() and test()"
             )
-    optional = ("validation", "loss", "score", "better", "example", "about")
+    optional = ("validation", "loss", "score", "better", "example", "about", "show")
     given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
     if hasattr(module, "learning_rate"):
         given["learning_rate"] = module.learning_rate

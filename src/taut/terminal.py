@@ -72,11 +72,13 @@ def side_by_side(found: dict[str, Measurement]) -> Table:
     row("bytes", [m.size_bytes for m in each])
     row("non-zero parameters", [m.nonzero_parameters for m in each])
     row("effective MACs", [m.effective_macs for m in each])
-    for at in first.latencies:
-        threads = f"{at.threads} thread{'' if at.threads == 1 else 's'}"
-        label = f"latency, batch {at.batch}, {threads}, {at.engine} [ms]"
-        timed = [t for m in each if (t := m.latency(at.batch)) is not None]
-        row(label, [t.median_ms for t in timed], "{:.3f}")
+    for batch in dict.fromkeys(t.batch for t in first.latencies):
+        timed = [t for m in each if (t := m.latency(batch)) is not None]
+        threads = f"{timed[0].threads} thread{'' if timed[0].threads == 1 else 's'}"
+        engines = ", ".join(dict.fromkeys(t.engine for t in timed))
+        label = f"latency, batch {batch}, {threads}, {engines} [ms]"
+        if len(timed) == len(each):
+            row(label, [t.median_ms for t in timed], "{:.3f}")
     row("peak memory of a forward [bytes]", [m.peak_memory_bytes for m in each])
     return shown
 

@@ -1,54 +1,147 @@
-"""Times of several networks, taken by turns, and how far one must be reduced to be fast enough.
+"""How long things take: whatever is timed in this package is timed here.
 
-By turns, so that what disturbs a machine falls on all of them alike; each time is the best of a few
-in a row, and their median counts.
+    latency      one network, called as it is used: the figure that is told
+    in_turn      the same of several networks, round after round: figures that can be compared
+    by_turns     which of several is faster: of a few calls in a row the best counts
+    repeated     one thing, call after call
+    reduced_to   how far a network must be reduced to be fast enough
+
+By turns, so that what disturbs a machine falls on all alike.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.benchmark import Timer
 
 from taut.modules import device_of, to_device
 from taut.trace import Example, batch_of
+from taut.types import Latency
+
+Run = Callable[[], object]
 
 _ROUNDS, _REPEATS = 5, 3
 _HALVINGS = 6
 
 
 @torch.no_grad()
+def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.25) -> Latency:
+    """Time one forward at PyTorch's present number of threads, after a warm-up."""
+    device = device_of(model)
+    args, kwargs = to_device(example[0], device), to_device(example[1], device)
+    timer = Timer(
+        "model(*args, **kwargs)", globals={"model": model, "args": args, "kwargs": kwargs},
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    timer.timeit(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a noisy machine shows in the spread
+        times = timer.blocked_autorange(min_run_time=seconds)
+    return Latency(
+        batch=batch, threads=torch.get_num_threads(), engine="pytorch",
+        median_ms=times.median * 1e3, iqr_ms=times.iqr * 1e3, runs=len(times.times),
+    )  # fmt: skip
+
+
+def in_turn(
+    nets: Sequence[Callable[[], nn.Module]], example: Example, batch: int, *,
+    rounds: int = _ROUNDS, seconds: float = 0.05,
+) -> list[Latency]:  # fmt: skip
+    """The latency of each network: in each round each of them is timed once.
+
+    nets: each gives its network, ready to run. seconds: of one network in one round. Each figure is
+    the median of the rounds' medians; its spread is their interquartile range, or the median one
+    within a round where that is wider.
+    """
+    found = [[latency(ready(), example, batch, seconds) for ready in nets] for _ in range(rounds)]
+    return [_together(each) for each in zip(*found, strict=True)]
+
+
+def _together(rounds: Sequence[Latency]) -> Latency:
+    found = told(
+        [r.median_ms for r in rounds], batch=rounds[0].batch, threads=rounds[0].threads,
+        engine=rounds[0].engine,
+    )  # fmt: skip
+    within = statistics.median(r.iqr_ms for r in rounds)
+    return replace(found, iqr_ms=max(found.iqr_ms, within), runs=sum(r.runs for r in rounds))
+
+
+def told(times: Sequence[float], *, batch: int, threads: int, engine: str) -> Latency:
+    """What milliseconds come to: their median and interquartile range."""
+    spread = 0.0
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        spread = high - low
+    return Latency(
+        batch=batch, threads=threads, engine=engine, median_ms=statistics.median(times),
+        iqr_ms=spread, runs=len(times),
+    )  # fmt: skip
+
+
+def repeated(run: Run, seconds: float, least: int = 1) -> list[float]:
+    """Milliseconds of one call after another for so many seconds; at least so many calls."""
+    end, times = time.perf_counter() + seconds, list[float]()
+    while len(times) < least or time.perf_counter() < end:
+        times.append(_once(run))
+    return times
+
+
+@torch.no_grad()
+def by_turns(
+    runs: Sequence[Callable[[], Run]], device: torch.device, *, seconds: float,
+    least: int = _ROUNDS, most: int | None = None, repeats: int = _REPEATS,
+) -> list[float]:  # fmt: skip
+    """Median milliseconds of each run; in its turn the best of `repeats` in a row counts.
+
+    runs: each makes itself ready and gives what is timed, which is called once before that brings
+    its weights back into the caches. seconds: for each of them, at least. least, most: rounds.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    spent, rounds = 0.0, 0
+    while rounds < least or (spent < 1e3 * seconds * len(runs) and rounds < (most or 2**31)):
+        for ready, mine in zip(runs, times, strict=True):
+            run = ready()
+            _once(run, device)
+            many = [_once(run, device) for _ in range(repeats)]
+            mine.append(min(many))
+            spent += sum(many)
+        rounds += 1
+    return [statistics.median(mine) for mine in times]
+
+
+def _once(run: Run, device: torch.device | None = None) -> float:
+    waits = device is not None and device.type == "cuda"
+    if waits:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if waits:
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
 def race(models: Sequence[nn.Module], example: Example, seconds: float = 0.1) -> list[float]:
     """Median milliseconds of one forward of each network, at PyTorch's present number of threads.
 
     They run in eval mode and are left in it. seconds: for each of them, at least; what takes longer
     is still timed over five turns.
     """
-
-    def once(model: nn.Module) -> float:
-        start = time.perf_counter()
-        model(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
     device = device_of(models[0])
     args, kwargs = to_device(example[0], device), to_device(example[1], device)
-    times: list[list[float]] = [[] for _ in models]
-    spent = 0.0
-    for model in models:
-        once(model.eval())
-    while len(times[0]) < _ROUNDS or spent < 1e3 * seconds * len(models):
-        for model, mine in zip(models, times, strict=True):
-            once(model)  # its weights come back into the caches
-            many = [once(model) for _ in range(_REPEATS)]
-            mine.append(min(many))
-            spent += sum(many)
-    return [statistics.median(mine) for mine in times]
+
+    def ready(model: nn.Module) -> Callable[[], Run]:
+        return lambda: partial(model.eval(), *args, **kwargs)
+
+    return by_turns([ready(model) for model in models], device, seconds=seconds)
 
 
 def reduced_to(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,16 @@ class Ground:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return self.task.calibration_loss()
+
+    def sensitivity(self) -> dict[str, Any]:
+        """The curves that were scanned, as JSON, in which infinity is None."""
+        return {
+            name: {
+                "baseline": curve.baseline, "sparsities": list(curve.sparsities),
+                "losses": [v if math.isfinite(v) else None for v in curve.losses],
+            }
+            for name, curve in self.curves.items()
+        }  # fmt: skip
 
     def timed(self, net: nn.Module, found: Measurement) -> Measurement:
         """The measurement, with latencies of the engine that was asked for."""

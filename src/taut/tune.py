@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from taut.layers import Packed, packed_layers, run_dense
 from taut.modules import device_of, to_device
+from taut.timing import Run, by_turns
 from taut.trace import Example
 from taut.types import Choice
 
@@ -100,27 +100,12 @@ def _race(layer: nn.Module, call: tuple[Any, Any], seconds: float) -> tuple[floa
     """Median milliseconds packed and dense, timed by turns, so that noise falls on both."""
     args, kwargs = call
 
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        layer(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
+    def ready(dense: bool) -> Run:
+        run_dense(layer, dense)  # the first call decodes
+        return partial(layer, *args, **kwargs)
 
-    device = device_of(layer)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    rounds, spent = 0, 0.0
-    while rounds < _ROUNDS or (spent < 2e3 * seconds and rounds < 100):
-        for dense in times:
-            run_dense(layer, dense)
-            once()  # decodes, and warms the caches
-            many = [once() for _ in range(_REPEATS)]
-            times[dense].append(min(many))
-            spent += sum(many)
-        rounds += 1
-    return statistics.median(times[False]), statistics.median(times[True])
-
-
-_ROUNDS, _REPEATS = 3, 5
+    packed_ms, dense_ms = by_turns(
+        [partial(ready, False), partial(ready, True)], device_of(layer), seconds=seconds, least=3,
+        most=100, repeats=5,
+    )  # fmt: skip
+    return packed_ms, dense_ms

@@ -93,7 +93,7 @@ class Measurement:
     choices: tuple[Choice, ...] = ()
 
     def latency(self, batch: int | None = None) -> Latency | None:
-        """The latency at a batch (by default the smallest one measured)."""
+        """The latency at a batch (by default the smallest one measured), in the fastest engine."""
         at = [x for x in self.latencies if batch is None or x.batch == batch]
         return min(at, key=lambda x: x.batch) if at else None
 

@@ -20,8 +20,8 @@ from taut.errors import ExportError
 from taut.export import onnx_file
 from taut.export.job import Job
 from taut.export.targets import Runner, check_count
-from taut.kernels.openvino import extension
 from taut.export.whole import widen_rest
+from taut.kernels.openvino import extension
 
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from taut.export.targets import TARGETS, Runner
+from taut.timing import repeated
 
 FEWEST = 3  # runs a turn
 _WARM = 5
@@ -42,11 +43,7 @@ def main() -> None:
     sys.stdout.write(f"{answers}\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        end, times = time.perf_counter() + float(line), list[float]()
-        while len(times) < FEWEST or time.perf_counter() < end:
-            start = time.perf_counter()
-            run(tensors)
-            times.append(1e3 * (time.perf_counter() - start))
+        times = repeated(partial(run, tensors), float(line), FEWEST)
         sys.stdout.write(json.dumps(times) + "\n")
         sys.stdout.flush()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 
 from taut import processes
 from taut.errors import RunError, SearchError, TautError
-from taut.files import read_json, write_atomically
+from taut.files import check_asked, clear, read_json, write_atomically
 from taut.frontier import Frontier
 from taut.machine import machine, versions
 from taut.measure import measure
@@ -25,7 +24,7 @@ from taut.recipe import Recipe
 from taut.search.jobs import Job, Outcome
 from taut.search.options import settings_of
 from taut.search.pools import Here, Pool, Processes, timed
-from taut.search.space import aim_knob, chosen, strength, tells_its_bytes
+from taut.search.space import aim_knob, chosen, fitting, tells_its_bytes
 from taut.task import Task
 from taut.technique import Setting, Technique
 from taut.trace import Trace, trace
@@ -155,7 +154,7 @@ def _strengths(
         steered = tells_its_bytes(cls(), site.shape)
     except TautError:
         steered = False
-    knob = aim_knob(original.size_bytes) if steered else strength(cls, site)
+    knob = aim_knob(original.size_bytes) if steered else fitting(cls, traced)
     if knob is None:
         yield " > ".join([*head, str(cls()), tail])
         return
@@ -199,16 +198,9 @@ def _tried(
 def _claim(place: Path, asked: dict[str, Any], fresh: bool) -> None:
     path = place / "compare.json"
     if fresh and path.is_file():
-        shutil.rmtree(place / "trials", ignore_errors=True)
-        path.unlink()
+        clear(place, ("trials", "compare.json", "compare.html", "log.txt", "workers.txt"))
     if path.is_file():
-        old = read_json(path)
-        other = [k for k, v in asked.items() if old.get(k) != v]
-        if other:
-            raise RunError(
-                f"{place} belongs to another comparison (its {other[0]} is {old.get(other[0])!r}, "
-                f"not {asked[other[0]]!r}); choose another folder or use --fresh"
-            )
+        check_asked(str(place), read_json(path), asked, "comparison")
     else:
         _save(place, asked)
 

@@ -12,10 +12,10 @@ seed finds the same candidates however many workers do them and however long eac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +29,7 @@ from torch import nn
 
 from taut import processes
 from taut.errors import RunError, SearchError, TautError
-from taut.files import read_json, write_atomically
+from taut.files import check_asked, clear, read_json, write_atomically
 from taut.frontier import Frontier
 from taut.goal import Goal, value_of
 from taut.machine import machine, versions
@@ -43,7 +43,7 @@ from taut.search.halving import brackets, ranked, rungs, survivors
 from taut.search.jobs import Job, Outcome
 from taut.search.options import Options
 from taut.search.outlook import Outlook
-from taut.search.pools import Here, Pool, Processes, timed
+from taut.search.pools import Clock, Here, Pool, Processes, timed
 from taut.search.result import Lost, SearchResult
 from taut.search.samplers import BAYESIAN, FLAT, sampler
 from taut.search.space import Space
@@ -65,6 +65,18 @@ from taut.watch import Watch, logged
 _log = logging.getLogger("taut")
 _ATTEMPTS = 60  # proposals in a row that may be ruled out before the least hopeless one is tried
 _GRID = 5  # values of each strength on a grid
+_KEPT = (
+    "original",
+    "status",
+    "told",
+    "timed",
+    "timed by",
+    "clock",
+    "sensitivity",
+)  # of an older record
+_KEPT = ("original", "status", "told", "timed", "timed by", "clock", "sensitivity")
+_WRITES = ("trials", "owners", "net.taut", "report.html", "log.txt", "run.json", "workers.txt",
+           "study.journal")  # fmt: skip
 _STARTS = 10  # first trials of a Bayesian search that predictions choose, not chance
 
 
@@ -130,7 +142,7 @@ class Searching:
         name = f"{task.name}-search-{digest[:8]}"
         self.folder = Path(folder) if folder else Path("runs") / name
         if fresh:
-            self._forget()
+            clear(self.folder, _WRITES)
         self.study = Study(
             self.folder, options.study or task.name, self.asked, self.axes, task.better,
             options.storage, fresh,
@@ -158,16 +170,14 @@ class Searching:
     def _opened(self) -> dict[str, Any]:
         path = self.folder / "run.json"
         old = read_json(path) if path.is_file() else {}
-        if old and old.get("search") != self.asked:
-            raise RunError(
-                f"{self.folder} belongs to another run; choose another folder or use --fresh"
-            )
+        if old:
+            check_asked(str(self.folder), old.get("search", {}), self.asked, "run")
         record: dict[str, Any] = {
             "task": self.task.name, "asked": str(self.goal), "search": self.asked,
             "source": str(self.task.source) if self.task.source else None,
             "command": self.options.command(str(self.task.source or "task.py"), str(self.goal)),
             "status": "running", "chooses_by": self.task.chooses_by, "better": self.task.better,
-            **{k: old[k] for k in ("original", "status", "told", "timed") if k in old},
+            **{k: old[k] for k in _KEPT if k in old},
             "versions": {**versions(), "optuna": optuna.__version__}, "machine": machine(),
         }  # fmt: skip
         if "original" not in record:
@@ -180,18 +190,6 @@ class Searching:
     def _save(self) -> None:
         text = json.dumps(self.record, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "run.json", text.encode())
-
-    def _forget(self) -> None:
-        """Remove what a search writes, and nothing else that lies in the folder."""
-        try:
-            for name in ("trials", "owners"):
-                if (self.folder / name).is_dir():
-                    shutil.rmtree(self.folder / name)
-            for name in ("net.taut", "report.html", "log.txt", "run.json", "workers.txt",
-                         "study.journal"):  # fmt: skip
-                (self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot clear {self.folder}: {error}; choose another folder") from error
 
     # ---- the search -------------------------------------------------------------------------
 
@@ -212,7 +210,7 @@ class Searching:
         self.space = self._space()
         self.grid = self._grid() if self.options.sampler == "grid" else []
         self.starts = self._starts() if self.options.sampler in BAYESIAN else []
-        with self._pool() as self.pool:
+        with self._clock() as self.clock, self._pool() as self.pool:
             if self.options.halving == "none":
                 self._in_order(adopted)
             else:
@@ -231,6 +229,36 @@ class Searching:
             else Here(self.ground)
         )
 
+    def _clock(self) -> contextlib.AbstractContextManager[Clock | None]:
+        """Who takes the latencies of each trial, where they decide what is found."""
+        if self.goal.bound("latency") is None and self.options.minimize != "latency":
+            return contextlib.nullcontext()
+        return Clock(self.ground, threads=self.options.threads, engine=self.options.engine)
+
+    def _next(self) -> tuple[Job, Outcome]:
+        """The next job to be done. Where latency decides, it is taken while all else stands still.
+
+        The original is timed along once; its latency is what relative bounds refer to.
+        """
+        job, outcome = self.pool.next()
+        candidate = outcome.candidate
+        if self.clock is None or candidate is None:
+            return job, outcome
+        with self.pool.quiet():
+            (first, _), (latencies, choices) = self.clock.timed(
+                [candidate.path], rounds=3, batches=BATCHES[:1]
+            )
+        if self.record.get("clock") != self._clocked():
+            self.original = replace(self.original, latencies=first)
+            self.record |= {"original": self.original.to_json(), "clock": self._clocked()}
+            self._save()
+        measurement = replace(candidate.measurement, latencies=latencies, choices=choices)
+        return job, replace(outcome, candidate=replace(candidate, measurement=measurement))
+
+    def _clocked(self) -> list[Any]:
+        """By whom latencies are taken."""
+        return [self.options.engine, self.options.threads]
+
     def _left(self) -> int:
         return self.options.trials - len(self.study.trials())
 
@@ -247,7 +275,7 @@ class Searching:
                 self.pool.submit(self._job(trial, recipe_of(trial)))
             if not flying:
                 return
-            job, outcome = self.pool.next()
+            job, outcome = self._next()
             done[job.number] = outcome
             while flying and (first := next(iter(flying))) in done:
                 self._tell(flying.pop(first), done.pop(first))
@@ -289,7 +317,7 @@ class Searching:
     def _all(self, jobs: list[Job]) -> dict[int, Outcome]:
         for job in jobs:
             self.pool.submit(job)
-        return {job.number: outcome for job, outcome in (self.pool.next() for _ in jobs)}
+        return {job.number: outcome for job, outcome in (self._next() for _ in jobs)}
 
     def _point(self, outcome: Outcome) -> list[float]:
         """The objectives, the less the better."""
@@ -397,9 +425,10 @@ class Searching:
                 f"see {self.folder / 'log.txt'}"
             )
         numbers = [n for n, _, _ in found]
-        if self.record["status"] != "done" or self.record.get("told") != numbers:
+        done = {"status": "done", "told": numbers, "timed by": self._clocked()}
+        if any(self.record.get(k) != v for k, v in done.items()):
             self._time([(n, c) for n, c, _ in found])
-            self.record |= {"status": "done", "told": numbers}
+            self.record |= done
             self._save()
         times = {int(n): Measurement.from_json(m) for n, m in self.record["timed"].items()}
         original = Measurement.from_json(self.record["original"])
@@ -407,7 +436,9 @@ class Searching:
         timed_ones = [c for c, n in zip(candidates, numbers, strict=True) if n in times]
         line = Frontier.of(timed_ones, original, self.task.better)
         best = line.best(self.goal, self.options.minimize)
-        self.record["best"] = best.to_json()
+        self.record |= {"best": best.to_json()}
+        if self.ground.curves:
+            self.record["sensitivity"] = self.ground.sensitivity()
         self._save()
         content = Path(best.path).read_bytes()
         path = self.folder / "net.taut"

@@ -12,7 +12,7 @@ from taut.pack import check_precision
 from taut.recipe import Recipe
 from taut.search.halving import KINDS
 from taut.search.samplers import check_sampler
-from taut.search.timing import check_engine
+from taut.search.timing import engine_named
 from taut.technique import Setting
 
 
@@ -34,14 +34,14 @@ class Options:
     study: str = ""
     seed: int = 0
     precision: str = "auto"
-    engine: str = "torch"
+    engine: str = "pytorch"
     threads: int = 0
 
     def __post_init__(self) -> None:
         check_axis(self.minimize)
         check_sampler(self.sampler)
         check_precision(self.precision)
-        check_engine(self.engine)
+        object.__setattr__(self, "engine", engine_named(self.engine))
         if self.halving not in KINDS:
             near = did_you_mean(self.halving, KINDS)
             raise SearchError(f"search: no tournament is named {self.halving!r}{near}")

@@ -98,8 +98,7 @@ class Outlook:
             raise SearchError(
                 f"search: techniques={only!r} names no technique; known: {', '.join(techniques())}"
             )
-        site = max(self.trace.sites, key=lambda s: s.numel)
-        knobs, aims = knobs_of(named.values(), site)
+        knobs, aims = knobs_of(named.values(), self.trace)
         reshape = [n for n in knobs if issubclass(named[n], Reshaping) and self._works(named[n])]
         recode = self._recodings([n for n in named if n in knobs or n in aims], named)
         if not reshape and not recode:

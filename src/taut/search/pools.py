@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -19,9 +21,8 @@ import torch
 from taut.errors import RunError, SearchError
 from taut.files import write_atomically
 from taut.search.jobs import Job, Outcome, run_job, shipment
-from taut.search.timing import from_json, timed_in_turn
+from taut.search.timing import Timed, from_json, timed_in_turn
 from taut.trial import Ground
-from taut.types import Choice, Latency
 
 _TRIES = 2  # of a job whose process dies
 
@@ -41,6 +42,11 @@ class Pool(ABC):
 
     def close(self) -> None:  # noqa: B027 - there may be no workers
         """Let the workers go."""
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """While this lasts the workers of this machine stand still, so that others can be timed."""
+        yield
 
     def __enter__(self) -> Pool:
         return self
@@ -115,6 +121,16 @@ class Processes(Pool):
             self._feed()
             return job, outcome
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        for server in self.servers:
+            server.halt(True)
+        try:
+            yield
+        finally:
+            for server in self.servers:
+                server.halt(False)
+
     def close(self) -> None:
         for server in self.servers:
             server.close()
@@ -152,6 +168,12 @@ class Server:
         line = self.replies.readline()
         return json.loads(line) if line.endswith("\n") else None
 
+    def halt(self, still: bool) -> None:
+        """Let it stand still, with what it has started, or go on. Windows knows no such signal."""
+        if hasattr(signal, "SIGSTOP"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGSTOP if still else signal.SIGCONT)
+
     def close(self, patience: float = 0.5) -> int:
         """End it, by force after so many seconds; returns its exit code, negative for a signal."""
         assert self.process.stdin is not None
@@ -166,33 +188,53 @@ class Server:
         return code
 
 
-def timed(
-    ground: Ground, files: list[str], *, threads: int = 0, engine: str = "torch", rounds: int = 5
-) -> list[tuple[tuple[Latency, ...], tuple[Choice, ...]]]:
-    """Latencies in turn, in a process that does nothing else (see `timed_in_turn`).
+class Clock:
+    """A process that does nothing but take latencies; see `timed_in_turn`. A context.
 
     Where the network and its task cannot be sent to one, they are taken in this process.
     """
-    options: dict[str, Any] = {"threads": threads, "engine": engine, "rounds": rounds}
-    shipped = ground.folder / ".timed"
-    try:
-        content = shipment(ground)
-    except SearchError:
-        return timed_in_turn(ground, files, **options)
-    write_atomically(shipped, content)
-    server = Server(shipped, ground.folder, threads)
-    try:
-        server.ask({"time": {"files": files, **options}})
-        reply = server.reply()
-    finally:
-        code = server.close(patience=30.0)
-        shipped.unlink(missing_ok=True)
-    if reply is None:
-        raise RunError(
-            f"the process that times the networks ended: {_ending(code)}; see "
-            f"{ground.folder / 'workers.txt'}"
-        )
-    return from_json(reply)
+
+    def __init__(self, ground: Ground, *, threads: int = 0, engine: str = "pytorch") -> None:
+        self.ground = ground
+        self.options: dict[str, Any] = {"threads": threads, "engine": engine}
+        self.server: Server | None = None
+        self.shipped = ground.folder / f".timed.{os.getpid()}"
+        try:
+            write_atomically(self.shipped, shipment(ground))
+        except SearchError:
+            return
+        self.server = Server(self.shipped, ground.folder, threads)
+
+    def timed(self, files: Sequence[str], **more: Any) -> list[Timed]:
+        """Latencies of the original and of these files. more: `rounds`, `batches`."""
+        if self.server is None:
+            return timed_in_turn(self.ground, files, **self.options, **more)
+        self.server.ask({"time": {"files": list(files), **self.options, **more}})
+        reply = self.server.reply()
+        if reply is None:
+            code = self.server.close(patience=30.0)
+            raise RunError(
+                f"the process that times the networks ended: {_ending(code)}; see "
+                f"{self.ground.folder / 'workers.txt'}"
+            )
+        return from_json(reply)
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.server is not None:
+            self.server.close(patience=30.0)
+        self.shipped.unlink(missing_ok=True)
+
+
+def timed(
+    ground: Ground, files: Sequence[str], *, threads: int = 0, engine: str = "pytorch",
+    rounds: int = 5,
+) -> list[Timed]:  # fmt: skip
+    """Latencies in turn, in a process that does nothing else."""
+    with Clock(ground, threads=threads, engine=engine) as clock:
+        return clock.timed(files, rounds=rounds)
 
 
 def _ending(code: int) -> str:

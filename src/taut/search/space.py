@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_type_hints
 
@@ -26,17 +26,20 @@ import torch
 
 from taut.aim import Aim
 from taut.errors import TautError
+from taut.plan import check
 from taut.recipe import Recipe
 from taut.recoding import Form, Recoding
 from taut.recover import Recover
 from taut.reshaping import Reshaping
 from taut.technique import Setting, Step, Technique, matches, techniques
+from taut.trace import Trace
 from taut.types import Site
 
 Scale = Literal["whole", "log", "logit", "words"]
 NOTHING = "nothing"
 _MOST_WORDS = 8  # choices among more than these are no strength but a catalogue
 _AROUND = 3.0  # logits on either side of the default
+_TRIED = 24  # places in a knob's range where it is asked what goes
 _EDGE = 0.005  # how near to the end of a range a share may come
 _AIMS = (0.002, 0.4)  # the file's bytes, as shares of the original's
 
@@ -112,6 +115,19 @@ class Knob:
             return list(self.words[:count])
         shares = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
         return list(dict.fromkeys(self.at(share) for share in shares))
+
+    def narrowed(self, fine: Callable[[Any], bool]) -> Knob:
+        """The knob between the first and the last of a few values that are fine, if any is.
+
+        fine: whether the option may have a value. Where both ends may, nothing else is asked.
+        """
+        if self.scale == "words":
+            return replace(self, words=tuple(filter(fine, self.words)) or self.words)
+        if all(fine(self.value(self.at(end))) for end in (0, 1)):
+            return self
+        shares = [i / _TRIED for i in range(_TRIED + 1)]
+        good = [s for s in shares if fine(self.value(self.at(s)))]
+        return replace(self, low=self.at(good[0]), high=self.at(good[-1])) if good else self
 
     @property
     def _log(self) -> bool:
@@ -279,10 +295,25 @@ def chosen(only: str) -> dict[str, type[Technique]]:
     return {n: c for n, c in techniques().items() if matches(only, (n,))}
 
 
+def fitting(cls: type[Technique], trace: Trace) -> Knob | None:
+    """The strength of a technique, as far as it goes on every site of a network that it takes."""
+    knob = strength(cls, max(trace.sites, key=lambda s: s.numel))
+
+    def fine(value: Any) -> bool:
+        try:
+            check(Recipe((cls(**{knob.option: value}),)), trace)  # type: ignore[union-attr]
+        except TautError:
+            return False
+        return True
+
+    return None if knob is None else knob.narrowed(fine)
+
+
 def knobs_of(
-    named: Iterable[type[Technique]], site: Site
+    named: Iterable[type[Technique]], trace: Trace
 ) -> tuple[dict[str, Knob], frozenset[str]]:
     """The strength of each technique that has one, and which of them an aim steers."""
+    site = max(trace.sites, key=lambda s: s.numel)
     knobs: dict[str, Knob] = {}
     aims = set()
     for cls in named:
@@ -292,7 +323,7 @@ def knobs_of(
             steered = False
         if steered:
             aims.add(cls.name)
-        elif (knob := strength(cls, site)) is not None and issubclass(cls, Recoding | Reshaping):
+        elif (knob := fitting(cls, trace)) is not None and issubclass(cls, Recoding | Reshaping):
             knobs[cls.name] = knob
     return knobs, frozenset(aims)
 

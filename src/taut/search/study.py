@@ -24,6 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from taut.errors import RunError
+from taut.files import check_asked
 from taut.goal import Goal
 from taut.types import Candidate, Direction, Measurement
 
@@ -104,13 +105,7 @@ class Study:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.optuna.set_metric_names(list(self.axes))
             return
-        other = [k for k in asked if found.get(k) != asked[k]]
-        if other:
-            raise RunError(
-                f"the study {self.name!r} belongs to another search (its {other[0]} is "
-                f"{found.get(other[0])!r}, not {asked[other[0]]!r}); choose another folder or "
-                "name, or use --fresh"
-            )
+        check_asked(f"the study {self.name!r}", found, asked, "search", "another folder or --study")
 
     def _own(self) -> IO[bytes]:
         folder = self.folder / "owners"

@@ -2,83 +2,97 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from taut.errors import SearchError, did_you_mean
-from taut.measure import BATCHES, latency
+from taut.errors import ExportError, SearchError, did_you_mean
+from taut.fastest import ENGINES, latencies
+from taut.measure import BATCHES
 from taut.modules import clone
 from taut.pack import load
+from taut.timing import in_turn
 from taut.trial import Ground
 from taut.tune import run_chosen, tune
 from taut.types import Choice, Latency
 
-ENGINES = ("torch",)
-_SECONDS = 0.05  # of one block; the rounds repeat it
+Timed = tuple[tuple[Latency, ...], tuple[Choice, ...]]
+"""A network's latencies, and how its layers ran."""
+
+_log = logging.getLogger("taut")
+_ALIASES = {"torch": "pytorch", "onnxruntime": "onnx"}
+_KNOWN = ("pytorch", "auto", *ENGINES)
 
 
-def check_engine(engine: str) -> None:
-    """Raise SearchError for an engine that cannot be timed here."""
-    if engine not in ENGINES:
-        raise SearchError(f"search: no engine is named {engine!r}{did_you_mean(engine, ENGINES)}")
+def engine_named(name: str) -> str:
+    """An engine by the name that the rest of Taut uses. Raises SearchError for one there is not.
+
+    >>> engine_named("onnxruntime"), engine_named("pytorch")
+    ('onnx', 'pytorch')
+    """
+    found = _ALIASES.get(name, name)
+    if found not in _KNOWN:
+        near = did_you_mean(name, (*_KNOWN, *_ALIASES))
+        raise SearchError(f"search: no engine is named {name!r}{near}")
+    return found
 
 
 def timed_in_turn(
-    ground: Ground, files: Sequence[str], *, threads: int = 0, engine: str = "torch",
+    ground: Ground, files: Sequence[str], *, threads: int = 0, engine: str = "pytorch",
     rounds: int = 5, batches: Sequence[int] = BATCHES,
-) -> list[tuple[tuple[Latency, ...], tuple[Choice, ...]]]:  # fmt: skip
+) -> list[Timed]:  # fmt: skip
     """Latencies of the original, then of each file, at each batch, with how its layers ran.
 
-    In each round every network is timed once; each figure is the median of the rounds' medians,
-    its spread their interquartile range, or the median one within a round where that is wider.
+    In PyTorch they take turns, round after round (see `timing.in_turn`). In another engine each
+    runs in a process of its own, one after the other; what the engine does not run has no latency.
     threads: 0 for as many as PyTorch has.
     """
-    check_engine(engine)
+    engine = engine_named(engine)
+    nets = [ground.model, *(load(f, clone(ground.model)) for f in files)]
+    if engine != "pytorch":
+        return [(_in_engine(ground, net, engine, batches, threads), ()) for net in nets]
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     try:
-        nets = [ground.model, *(load(f, clone(ground.model)) for f in files)]
         found: list[list[Latency]] = [[] for _ in nets]
         choices: list[list[Choice]] = [[] for _ in nets]
         for batch in batches:
             example = ground.task.example(batch)
             for i, net in enumerate(nets[1:], 1):
                 choices[i] += [replace(c, batch=batch) for c in tune(net, example)]
-            rows = [[_once(net, choices[i], ground, batch) for i, net in enumerate(nets)]
-                    for _ in range(rounds)]  # fmt: skip
-            for i, each in enumerate(zip(*rows, strict=True)):
-                found[i].append(_together(each))
+            ready = [partial(_ready, *pair, batch) for pair in zip(nets, choices, strict=True)]
+            for mine, taken in zip(
+                found, in_turn(ready, example, batch, rounds=rounds), strict=True
+            ):
+                mine.append(taken)
     finally:
         torch.set_num_threads(before)
     return [(tuple(f), tuple(c)) for f, c in zip(found, choices, strict=True)]
 
 
-def _once(net: nn.Module, choices: Sequence[Choice], ground: Ground, batch: int) -> Latency:
+def _ready(net: nn.Module, choices: Iterable[Choice], batch: int) -> nn.Module:
     run_chosen(net, choices, batch)
-    return latency(net, ground.task.example(batch), batch, _SECONDS)
+    return net
 
 
-def _together(rounds: Sequence[Latency]) -> Latency:
-    medians = [r.median_ms for r in rounds]
-    within = statistics.median(r.iqr_ms for r in rounds)
-    spread = 0.0
-    if len(medians) > 1:
-        low, _, high = statistics.quantiles(medians, n=4, method="inclusive")
-        spread = high - low
-    return replace(
-        rounds[0], median_ms=statistics.median(medians), iqr_ms=max(within, spread),
-        runs=sum(r.runs for r in rounds),
-    )  # fmt: skip
+def _in_engine(
+    ground: Ground, net: nn.Module, engine: str, batches: Sequence[int], threads: int
+) -> tuple[Latency, ...]:
+    try:
+        return latencies(net, ground.task, engine, batches, threads or None)
+    except ExportError as error:
+        _log.warning("%s", error)
+        return ()
 
 
 def from_json(
     data: Sequence[Mapping[str, Sequence[Mapping[str, object]]]],
-) -> list[tuple[tuple[Latency, ...], tuple[Choice, ...]]]:
+) -> list[Timed]:
     """What `to_json` wrote."""
     return [
         (tuple(Latency(**t) for t in one["latencies"]),  # type: ignore[arg-type]
@@ -88,7 +102,7 @@ def from_json(
 
 
 def to_json(
-    found: Sequence[tuple[Sequence[Latency], Sequence[Choice]]],
+    found: Sequence[Timed],
 ) -> list[dict[str, list[dict[str, object]]]]:
     """Plain types, for another process."""
     return [{"latencies": [vars(t) for t in ts], "choices": [vars(c) for c in cs]}
