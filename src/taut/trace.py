@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from taut.errors import TraceError
 from taut.full_lengths import full_lengths
 from taut.modules import clone, device_of, to_device
+from taut.norm_readers import norm_readers
 from taut.types import Kind, Site
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,6 +53,7 @@ class Trace:
 
     vectors: the one-dimensional parameters, biases and norms. dropouts: for each dropout module the
     first site after it. norms: for each site whose outputs a batch norm alone reads, its path.
+    readers: for each weight of a layer norm that only Linear weights read, theirs.
     """
 
     sites: tuple[Site, ...]
@@ -62,6 +64,7 @@ class Trace:
     dropouts: Mapping[str, str]
     example: Example
     norms: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def example_on(self, model: nn.Module) -> Example:
         """The example that was traced, on the device of a model."""
@@ -221,6 +224,7 @@ class _Reader:
         self.makers: dict[str, list[fx.Node]] = {}
 
     def read(self) -> Trace:
+        nodes = self.module.graph.nodes
         self._walk(self.module)
         return Trace(
             sites=self._sites(),
@@ -231,6 +235,7 @@ class _Reader:
             dropouts=self.dropouts,
             example=self.example,
             norms=self._norms(),
+            readers=norm_readers(nodes, self.parameter),
         )
 
     def _walk(self, module: fx.GraphModule) -> None:
