@@ -23,6 +23,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -328,6 +329,8 @@ def _times(
 
 def measure(options: argparse.Namespace) -> list[Figure]:
     torch.set_num_threads(1)
+    for chatty in ("onnxscript", "onnx_ir", "nncf"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     figures: list[Figure] = []
     talkers = [t for t in TALKERS if options.only in t.name]
     task = language_task(options.quick) if talkers else None
