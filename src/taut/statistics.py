@@ -229,15 +229,18 @@ class Statistics:
         path, seen = site.name.rpartition(".")[0], list[Tensor]()
 
         def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if sum(t.numel() for t in seen) < most:
-                x = given[0].detach().float().cpu()
-                seen.append(x.reshape(-1, x.shape[-1]) if isinstance(layer, by_rows) else x)
+            x = given[0].detach().float().cpu()
+            seen.append(x.reshape(-1, x.shape[-1]) if isinstance(layer, by_rows) else x)
+            if sum(t.numel() for t in seen) >= most:
+                raise _Enough
 
         probe = plain_copy(self._model)
         layer, by_rows = probe.get_submodule(path), (nn.Linear, nn.MultiheadAttention)
         hook = layer.register_forward_pre_hook(look, prepend=True)
         try:
             loss(probe)
+        except _Enough:  # the rest of the data would tell no more
+            pass
         finally:
             hook.remove()
         if not seen or any(t.shape[1:] != seen[0].shape[1:] for t in seen):
@@ -361,6 +364,10 @@ class Statistics:
 
 _MOST_BYTES = 2**30
 """Of the Fisher blocks that are gathered in one pass over the data."""
+
+
+class _Enough(Exception):
+    """Ends a forward that has been seen far enough."""
 
 
 def _is_constant(product: Product) -> bool:
