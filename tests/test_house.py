@@ -30,6 +30,7 @@ FLOORS = (
         "kernels",
         "modules",
         "full_lengths",
+        "norm_readers",
         "processes",
         "zoo",
         "distances",

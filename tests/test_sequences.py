@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import taut
 from taut import edits
+from taut.affine_weight import AffineWeight
 from taut.data import Batches
 from taut.errors import DataError, ZooError
 from taut.layers import packed_layers, run_dense
+from taut.modules import clone
 from taut.pack import inspect
 from taut.texts import padded
 from taut.zoo import GruLanguageModel, LstmLanguageModel, TransformerLanguageModel
@@ -333,7 +335,8 @@ def test_a_token_beyond_the_vocabulary_is_refused(
     taut.pack(net, tmp_path / "net.taut")
     loaded = taut.load(tmp_path / "net.taut", Reader())
     run_dense(loaded, dense)
-    with pytest.raises(IndexError, match="index out of range"):
+    message = f"index out of range: PackedEmbedding has 40 rows, got {token}"
+    with pytest.raises(IndexError, match=message):
         loaded(torch.full_like(tokens, token), lengths)
 
 
@@ -343,3 +346,50 @@ def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(taut.errors.TaskError, match="yields no batch"):
         list(taut.Task(train=[], test=[]).batches("train"))
     assert len(Batches(torch.zeros(0, 3), torch.zeros(0))) == 0
+
+
+# ---- weights alone in few bits ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader() -> tuple[TransformerLanguageModel, taut.Task]:
+    """A Transformer that has learned to say what it read two tokens ago."""
+    torch.manual_seed(0)
+    net = TransformerLanguageModel(12, width=128, heads=4, layers=1, context=16)
+    tokens = torch.randint(0, 12, (256, 16))
+    data = Batches(tokens, tokens.roll(2, 1).clone(), 64)
+    task = taut.Task(train=data, test=data)
+    taut.recover(net, task, taut.Recover(epochs=12, learning_rate=3e-3, distill=0.0))
+    return net.eval(), task
+
+
+def loss(net: nn.Module, task: taut.Task) -> float:
+    with torch.no_grad():
+        return float(sum(task.loss_of(net(*b.args), b.target) for b in task.batches("test")))
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_groups_of_columns_rounded_by_second_order(
+    bits: int, reader: tuple[TransformerLanguageModel, taut.Task], tmp_path: Path
+) -> None:
+    original, task = reader
+    before = loss(original, task)
+    lost = {}
+    for method in ("affine", "gptq"):
+        step = f"quantize(bits={bits}, method='{method}', per=128, only='blocks.*')"
+        net = taut.apply(clone(original), step, task)
+        lost[method] = loss(net, task) - before
+    assert lost["gptq"] < 0.7 * lost["affine"]
+    fresh = TransformerLanguageModel(12, width=128, heads=4, layers=1, context=16)
+    tokens = next(task.batches("test")).args[0][:1]  # a batch of one, as in a generation loop
+    loaded = comes_back(net, fresh, tmp_path, tokens)
+    run_dense(loaded, False)
+    steps = {n: w.steps.numel for n, w in weights_of(loaded) if isinstance(w, AffineWeight)}
+    assert steps["blocks.0.fc2.weight"] == 128 * 4  # rows, and groups of 128 of their 512 columns
+    assert len(steps) == 4
+
+
+def weights_of(net: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (f"{path}.{n}", w) for path, p in packed_layers(net).items() for n, w in p.packed.items()
+    ]

@@ -354,6 +354,25 @@ def test_inputs_are_those_of_the_model_as_it_is_now() -> None:
     assert not torch.equal(statistics.inputs(site), before)
 
 
+def test_inputs_of_several_lengths_are_rows_and_no_more_are_read_than_asked_for() -> None:
+    net = nn.Sequential(nn.Identity(), nn.Linear(3, 4))
+    batches = [torch.randn(2, steps, 3) for steps in (5, 7, 6)]
+    read = []
+
+    def loss(model: nn.Module) -> float:
+        for batch in batches:
+            read.append(len(batch[0]))
+            model(batch)
+        return 0.0
+
+    site = Site(name="1.weight", kind="linear", shape=(4, 3), macs=0)
+    found = Statistics(net, loss).inputs(site)
+    assert torch.equal(found, torch.cat([b.reshape(-1, 3) for b in batches]))
+    assert read == [5, 7, 6]
+    assert len(Statistics(net, loss).inputs(site, most=60)) == 24
+    assert read == [5, 7, 6, 5, 7]
+
+
 def test_inputs_that_tell_nothing_are_refused() -> None:
     with pytest.raises(TaskError, match="come in several shapes; leave it out by only='!1'"):
         images((4, 2, 6, 6), (4, 2, 7, 7)).inputs(CONV)

@@ -95,6 +95,18 @@ def test_a_package_that_is_missing_is_named_with_its_command() -> None:
         package_folder("no_such_encoder", ["tokenizer.json"], "pip x")
 
 
+def test_sequences_of_other_shapes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"all else alike, got \[2, 4\] in sequence 1 beside \[3\]"):
+        padded([torch.zeros(3), torch.zeros(2, 4)])
+    with pytest.raises(DataError, match=r"all else alike, got \[\] in sequence 0 beside \[\]"):
+        padded([torch.tensor(3)])
+
+
+def test_an_empty_text_has_no_alphabet() -> None:
+    with pytest.raises(DataError, match="an empty text has no alphabet; give at least one"):
+        Alphabet.of("")
+
+
 def test_a_missing_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "some_encoder"
     folder.mkdir()

@@ -87,13 +87,16 @@ def measure(options: argparse.Namespace) -> list[Figure]:
 
 
 def both(
-    net: Smaller, task: taut.Task, options: argparse.Namespace
+    net: Smaller, task: taut.Task, options: argparse.Namespace, part: str = ""
 ) -> tuple[nn.Module, nn.Module, taut.Result]:
-    """The original, trained now or before, and what the recipe makes of it."""
+    """The original, trained now or before, and what the recipe makes of it.
+
+    part: of the folder of runs, where a script has several networks.
+    """
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
             return _both(net, task, options, Path(folder))
-    return _both(net, task, options, ROOT / "runs" / Path(sys.argv[0]).stem)
+    return _both(net, task, options, ROOT / "runs" / Path(sys.argv[0]).stem / part)
 
 
 def _both(

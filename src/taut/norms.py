@@ -48,7 +48,7 @@ def bias_of(name: str, model: nn.Module, site: Site) -> Tensor | None:
     Raises RecipeError where a technique has recoded it.
     """
     module, leaf = owner(model, site.name)
-    _refuse_recoded(name, module, leaf.replace("weight", "bias"), site)
+    refuse_recoded(name, module, site.name, (leaf.replace("weight", "bias"),))
     bias = module._parameters.get(leaf.replace("weight", "bias"))
     return None if bias is None else bias.data
 
@@ -62,17 +62,20 @@ def norm_of(name: str, model: nn.Module, trace: Trace, site: Site) -> _BatchNorm
     norm = None if path is None else model.get_submodule(path)
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return None
-    for part in ("weight", "bias"):
-        _refuse_recoded(name, norm, part, site)
+    refuse_recoded(name, norm, site.name)
     return norm
 
 
-def _refuse_recoded(name: str, module: nn.Module, part: str, site: Site) -> None:
-    if parametrize.is_parametrized(module, part):
-        raise RecipeError(
-            f"{name}: the {part} beside site {site.name!r} is written in another form already; put "
-            f"{name} before what recodes it"
-        )
+def refuse_recoded(
+    name: str, module: nn.Module, site: str, parts: tuple[str, ...] = ("weight", "bias")
+) -> None:
+    """Raise RecipeError where a technique has recoded a part of what stands beside a site."""
+    for part in parts:
+        if parametrize.is_parametrized(module, part):
+            raise RecipeError(
+                f"{name}: the {part} beside site {site!r} is written in another form already; put "
+                f"{name} before what recodes it"
+            )
 
 
 def scale_rows(weight: Tensor, bias: Tensor | None, scale: Tensor) -> None:

@@ -221,21 +221,27 @@ class Statistics:
     def inputs(self, site: Site, most: int = 2**20) -> Tensor:
         """What the site's layer reads first, in the model as it is now: [n, ...], on the CPU.
 
-        Gathered anew each time, as `products` are; batches are joined until there are `most`
-        numbers. Raises TaskError without data, where the layer is not called with numbers or its
-        inputs differ in shape, and where they are not finite or all the same.
+        Of a Linear layer and of attention [n, in], whatever the lengths of the sequences. Gathered
+        anew each time, as `products` are; batches are joined until there are `most` numbers. Raises
+        TaskError without data, where the layer is not called with numbers or its inputs differ in
+        shape, and where they are not finite or all the same.
         """
         loss = self._needed(f"what the layer of site {site.name!r} reads")
         path, seen = site.name.rpartition(".")[0], list[Tensor]()
 
         def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if sum(t.numel() for t in seen) < most:
-                seen.append(given[0].detach().float().cpu())
+            x = given[0].detach().float().cpu()
+            seen.append(x.reshape(-1, x.shape[-1]) if isinstance(layer, by_rows) else x)
+            if sum(t.numel() for t in seen) >= most:
+                raise _Enough
 
         probe = plain_copy(self._model)
-        hook = probe.get_submodule(path).register_forward_pre_hook(look, prepend=True)
+        layer, by_rows = probe.get_submodule(path), (nn.Linear, nn.MultiheadAttention)
+        hook = layer.register_forward_pre_hook(look, prepend=True)
         try:
             loss(probe)
+        except _Enough:  # the rest of the data would tell no more
+            pass
         finally:
             hook.remove()
         if not seen or any(t.shape[1:] != seen[0].shape[1:] for t in seen):
@@ -359,6 +365,10 @@ class Statistics:
 
 _MOST_BYTES = 2**30
 """Of the Fisher blocks that are gathered in one pass over the data."""
+
+
+class _Enough(Exception):
+    """Ends a forward that has been seen far enough."""
 
 
 def _is_constant(product: Product) -> bool:

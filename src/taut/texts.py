@@ -56,7 +56,9 @@ class Alphabet:
 
     @classmethod
     def of(cls, text: str) -> Alphabet:
-        """The characters of a text, in the order of their codes."""
+        """The characters of a text, in the order of their codes. Raises DataError for none."""
+        if not text:
+            raise DataError("an empty text has no alphabet; give at least one character")
         return cls(characters(text)[1])
 
     def __len__(self) -> int:
@@ -112,11 +114,17 @@ def padded(sequences: Sequence[Tensor], longest: int | None = None) -> tuple[Ten
     """Sequences of several lengths as one tensor, zeros behind each: [n, steps, ...], lengths [n].
 
     sequences: [length, ...] each, all else alike. longest: the most steps that the network was
-    trained for. Raises DataError for no sequence, an empty one, and one that is longer.
+    trained for. Raises DataError for no sequence, an empty one, one that is longer, and one whose
+    steps are of another shape.
     """
     if not sequences:
         raise DataError("padded() takes at least one sequence, got none")
     for i, sequence in enumerate(sequences):
+        if not sequence.dim() or sequence.shape[1:] != sequences[0].shape[1:]:
+            raise DataError(
+                f"sequences are [length, ...], all else alike, got {list(sequence.shape)} in "
+                f"sequence {i} beside {list(sequences[0].shape)}"
+            )
         if not len(sequence):
             raise DataError(f"sequence {i} of {len(sequences)} is empty; leave it out")
         if longest is not None and len(sequence) > longest:

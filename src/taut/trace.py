@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from taut.errors import TraceError
 from taut.full_lengths import full_lengths
 from taut.modules import clone, device_of, to_device
+from taut.norm_readers import norm_readers
 from taut.types import Kind, Site
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,7 +53,8 @@ class Trace:
 
     vectors: what no site holds: biases, norms, and bare parameters such as a table of positions.
     dropouts: for each dropout module the first site after it. norms: for each site whose outputs a
-    batch norm alone reads, its path.
+    batch norm alone reads, its path. readers: for each weight of a layer norm that only Linear
+    weights read, theirs.
     """
 
     sites: tuple[Site, ...]
@@ -63,6 +65,7 @@ class Trace:
     dropouts: Mapping[str, str]
     example: Example
     norms: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def example_on(self, model: nn.Module) -> Example:
         """The example that was traced, on the device of a model."""
@@ -222,6 +225,7 @@ class _Reader:
         self.makers: dict[str, list[fx.Node]] = {}
 
     def read(self) -> Trace:
+        nodes = self.module.graph.nodes
         self._walk(self.module)
         sites = self._sites()
         return Trace(
@@ -233,6 +237,7 @@ class _Reader:
             dropouts=self.dropouts,
             example=self.example,
             norms=self._norms(),
+            readers=norm_readers(nodes, self.parameter),
         )
 
     def _walk(self, module: fx.GraphModule) -> None:

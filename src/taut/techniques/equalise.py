@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: channels share their range between the two weights they pass.
+"""Equalisation: channels share their range between what makes them and the weights that read them.
 
     W1'[c] = W1[c] / s[c],    W2'[:, c] = s[c] · W2[:, c],    s = sqrt(r1 · r2) / r2
 
@@ -6,11 +6,15 @@ r1[c], r2[c]: the largest magnitudes of row c of the first weight and of column 
 Every channel then has the same range in both, so that one step suits a whole tensor. Biases, and a
 batch norm in between, follow. It needs an activation with f(s · x) = s · f(x), like ReLU: whether
 the second layer still gives what it gave is looked at on the example, and where it does not, the
-pair is left as it was.
+pair is left as it was. Nagel, van Baalen, Blankevoort, Welling: Data-free quantization through
+weight equalization and bias correction (ICCV 2019), section 4.1. Where we differ: the activation is
+tested, not looked up, and one pass is made; `equalise() > equalise()` makes another.
 
-Nagel, van Baalen, Blankevoort, Welling: Data-free quantization through weight equalization and bias
-correction (ICCV 2019), section 4.1. Where we differ: the activation is tested, not looked up, and
-one pass is made; `equalise() > equalise()` makes another.
+Where a layer norm makes the channels and only Linear weights read them, as in Transformers whose
+norms come first, the norm's scale and shift stand for W1 and s is the square root of r1 / r2 all
+the same, with r1[c] the largest |y[c]| on the calibration data and r2[c] over all those weights: a
+few channels that are far larger than the others, which one step for all inputs would have to
+cover, become weights. Xiao et al.: SmoothQuant (ICML 2023), with alpha = 1/2.
 """
 
 from __future__ import annotations
@@ -24,7 +28,15 @@ from torch import Tensor, nn
 
 from taut.errors import RecipeError
 from taut.modules import owner
-from taut.norms import bias_of, follow_scale, norm_of, plain_weight, scale_rows, traced
+from taut.norms import (
+    bias_of,
+    follow_scale,
+    norm_of,
+    plain_weight,
+    refuse_recoded,
+    scale_rows,
+    traced,
+)
 from taut.statistics import Statistics
 from taut.technique import Technique, register_step
 from taut.trace import Feed, Trace
@@ -39,11 +51,14 @@ class Equalise(Technique):
     """Share the ranges of channels between layers that follow each other. No answer changes."""
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
+        """Weights that another alone reads, and the first of those that read a layer norm."""
         sources = {f.source for f in trace.feeds if _pairs(trace, f)}
+        sources |= {readers[0] for readers in trace.readers.values()}
         found = tuple(s for s in trace.sites if s.name in sources)
         if not found:
             raise RecipeError(
-                "equalise: in this network no layer alone reads what another makes; leave it out"
+                "equalise: in this network no layer alone reads what another makes, nor do weights "
+                "alone read a layer norm; leave it out"
             )
         return self._chosen(found)
 
@@ -53,7 +68,30 @@ class Equalise(Technique):
     @torch.no_grad()
     def apply(self, model: nn.Module, site: Site, statistics: Statistics | None = None) -> None:
         trace = traced(self.name, statistics)
-        feed = next(f for f in trace.feeds if f.source == site.name and _pairs(trace, f))
+        norm = next((n for n, readers in trace.readers.items() if readers[0] == site.name), None)
+        if norm is not None and statistics is not None:
+            self._move_from_norm(model, trace, norm, statistics)
+        feed = next((f for f in trace.feeds if f.source == site.name and _pairs(trace, f)), None)
+        if feed is not None:
+            self._share(model, trace, site, feed)
+
+    def _move_from_norm(
+        self, model: nn.Module, trace: Trace, norm: str, statistics: Statistics
+    ) -> None:
+        """Share the ranges of a layer norm's channels with the columns of all that read it."""
+        module, _ = owner(model, norm)
+        refuse_recoded(self.name, module, trace.readers[norm][0])
+        sites = [trace.site(n) for n in trace.readers[norm]]
+        weights = [plain_weight(self.name, model, s) for s in sites]
+        seen = statistics.inputs(sites[0]).flatten(0, -2).abs().amax(0).to(weights[0].device)
+        reads = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+        scale = (seen / reads).sqrt().where((seen > 0) & (reads > 0), 1.0)
+        for parameter in module.parameters(recurse=False):
+            parameter.div_(scale)
+        for weight in weights:
+            weight.mul_(scale)
+
+    def _share(self, model: nn.Module, trace: Trace, site: Site, feed: Feed) -> None:
         target = trace.site(feed.target)
         first, second = (plain_weight(self.name, model, s) for s in (site, target))
         columns = second.reshape(len(second), len(first), -1)

@@ -1,0 +1,97 @@
+"""Text in other engines: tied tables once, any length, and steps that keep keys and values."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import taut
+from taut.pack import packed_copy
+from taut.zoo import GruLanguageModel, LstmLanguageModel, TransformerLanguageModel
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: LstmLanguageModel(40, 8, 12, layers=2),
+    "gru": lambda: GruLanguageModel(40, 8, 12, layers=2),
+    "transformer": lambda: TransformerLanguageModel(40, 16, 2, 1, context=12),
+    "tied": lambda: TransformerLanguageModel(40, 16, 2, 1, context=12, tied=True),
+}
+TOKENS = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+def compressed(net: nn.Module, recipe: str) -> nn.Module:
+    task = taut.Task(train=[(TOKENS, TOKENS)], test=[(TOKENS, TOKENS)])
+    return packed_copy(taut.apply(net, recipe, task) if recipe else net)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "xml"])
+@pytest.mark.parametrize("kind", NETS)
+def test_a_language_model_reads_any_length(kind: str, suffix: str, tmp_path: Path) -> None:
+    if suffix == "xml":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net = compressed(NETS[kind](), "quantize(bits=4)")
+    found = taut.export(net, tmp_path / f"net.{suffix}", TOKENS, dynamic_length=True)
+    assert found.network is not None
+    for batch, steps in ((1, 1), (1, 12), (3, 7)):
+        tokens = torch.randint(0, 40, (batch, steps))
+        wanted = net(tokens)
+        assert (found.network(tokens) - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "",
+        "quantize(bits=4, only='embedding')",
+        "hash_weights(ratio=0.25, only='embedding')",
+        "share_values(bits=4, vector=4, only='embedding')",
+    ],
+)
+def test_a_tied_table_is_exported_once(recipe: str, tmp_path: Path) -> None:
+    net = compressed(NETS["tied"](), recipe)
+    found = taut.export(net, tmp_path / "net.onnx", TOKENS, dynamic_length=True)
+    stored = [i for i in onnx.load(found.path).graph.initializer if sorted(i.dims) == [16, 40]]
+    assert len(stored) == 1
+
+
+class Steps(nn.Module):
+    """A generation loop's step, its state as tensors: [n, new], [n, before, width] twice."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        scores, ((keys, values),) = self.net.step(tokens, ((keys, values),))  # type: ignore[operator]
+        return scores, keys, values
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "xml"])
+@torch.no_grad()
+def test_a_step_that_keeps_keys_and_values_is_exported(suffix: str, tmp_path: Path) -> None:
+    if suffix == "xml":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net: Any = compressed(NETS["tied"](), "share_values(bits=4)")
+    _, ((keys, values),) = net.step(TOKENS[:, :4])
+    example = (torch.randint(0, 40, (2, 3)), keys, values)
+    path = tmp_path / f"step.{suffix}"
+    found = taut.export(Steps(net), path, example, dynamic_length=True)
+    assert found.network is not None
+    state, text = (keys[:1], values[:1]), TOKENS[:1, :4]
+    for _ in range(8):  # up to the end of the context
+        token = torch.randint(0, 40, (1, 1))
+        text = torch.cat([text, token], 1)
+        scores, *state = found.network(token, *state)
+        close(scores, net(text)[:, :, -1:])
+    assert state[0].shape == (1, 12, 16)
