@@ -43,7 +43,9 @@ TASK = """
     def test():
         return Batches(x[1400:], y[1400:], 397)
 """
-RECIPE = "prune_weights(sparsity=0.7) > recover(epochs=2) > share_values(bits=4)"
+RECIPE = (
+    "prune_weights(sparsity=0.6) > recover(epochs=5, learning_rate=5e-3) > share_values(bits=4)"
+)
 
 
 def main(folder: Path) -> None:

@@ -62,7 +62,7 @@ def call(*command: str | Path, **options: object) -> str:
 
 def pip(*arguments: str | Path) -> str:
     """Of this environment's pip, by no other constraints than are given."""
-    environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "PIP_CONSTRAINT": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     return call(sys.executable, "-m", "pip", *arguments, env=environment)
 
 
