@@ -7,7 +7,7 @@ CSRC := $(shell find src/taut/kernels/csrc -type f)
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize lint docs check
+.PHONY: help setup demo test sanitize lint docs wheel versions check
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ demo: $(STAMP) ## compress a LeNet-5, from training to report
 	@$(BIN)/python examples/01_lenet5/demo.py
 
 test: $(STAMP) ## run the tests and the docstrings' examples
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 
 sanitize: $(STAMP) ## run the kernels' tests in C++ under AddressSanitizer and UBSan
 	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
@@ -34,7 +34,13 @@ lint: $(STAMP) ## ruff and mypy
 docs: $(STAMP) ## build the site, strictly, into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-check: lint docs $(if $(shell command -v $${CXX:-c++}),sanitize) test ## all that CI checks
+wheel: $(STAMP) ## build the wheel, install it in a clean environment and use it there
+	@$(BIN)/python tools/wheel.py
+
+versions: $(STAMP) ## the same, and some tests, on every Python and PyTorch in range
+	@$(BIN)/python tools/versions.py
+
+check: lint docs wheel $(if $(shell command -v $${CXX:-c++}),sanitize) test ## all that CI checks
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("Taut needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v[:2])'

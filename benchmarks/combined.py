@@ -236,8 +236,7 @@ def tried(
         points.append(together(model, task, recipe, place / f"combined-{number}", options.seed))
         logging.info("%s", points[-1])
     for name, make in PEERS.items():
-        points.append(peer(name, functools.partial(make, model, task)))
-        logging.info("%s", points[-1])
+        points += peer(name, functools.partial(make, model, task))
     return [*points, *subject.published], task.better
 
 
@@ -251,13 +250,12 @@ def together(model: nn.Module, task: taut.Task, recipe: str, place: Path, seed: 
     return Point(**told, size_bytes=got.size_bytes, score=got.score)
 
 
-def peer(name: str, make: Callable[[], tuple[int, float]]) -> Point:
-    """Another library's file, or its error."""
+def peer(name: str, make: Callable[[], list[tuple[int, float]]]) -> list[Point]:
+    """Another library's files, or its error."""
     try:
-        size, score = make()
+        return [Point(kind="peer", name=name, size_bytes=b, score=s) for b, s in make()]
     except Exception as error:  # whatever another library raises is its row's text
-        return Point(kind="peer", name=name, why=f"{type(error).__name__}: {error}"[:300])
-    return Point(kind="peer", name=name, size_bytes=size, score=score)
+        return [Point(kind="peer", name=name, why=f"{type(error).__name__}: {error}"[:300])]
 
 
 def of(subject: Subject, points: Sequence[Point], better: Direction) -> Iterator[Figure]:

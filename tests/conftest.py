@@ -10,6 +10,7 @@ import runs
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.benchmark import Timer
 
 import taut
 from taut.data import Batches
@@ -75,6 +76,19 @@ def trained():
 @pytest.fixture(autouse=True)
 def _the_same_random_numbers_in_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _latencies_are_brief():
+    """No test asks how long something takes: a fiftieth of a second is timed, not a quarter."""
+    whole = Timer.blocked_autorange
+
+    def brief(timer, callback=None, min_run_time=0.2):
+        return whole(timer, callback, min(min_run_time, 0.02))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timer, "blocked_autorange", brief)
+        yield
 
 
 @pytest.fixture(scope="session")

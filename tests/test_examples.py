@@ -1,15 +1,20 @@
 """Every example and a quick pass of every benchmark are run."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from test_cli import run as command
 
 from taut.data import fashion_mnist, japanese_vowels, king_james, mnist, movie_lines
 from taut.errors import DataError
@@ -32,6 +37,19 @@ def run(script, *arguments, warnings=("error",), **environment):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def passed(script, *arguments):
+    """What a benchmark's quick pass prints. It runs here, where all that it needs is loaded."""
+    path, printed = str(ROOT / "benchmarks" / script), io.StringIO()
+    given = [path, "--quick", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", given),
+        mock.patch.object(sys, "path", [str(Path(path).parent), *sys.path]),
+        contextlib.redirect_stdout(printed),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +106,13 @@ def compressed(example, recipe, tmp_path, *needs, **environment):
             load()
         except DataError as error:
             pytest.skip(f"the data are not to be had: {error}")
-    path = tmp_path / "taut_run.py"
-    path.write_text("from taut.cli import main\n\nmain()\n")
-    printed = run(
-        path, "compress", ROOT / f"examples/{example}/task.py", "--recipe", recipe,
-        "--run-folder", tmp_path / "run", "--json", TAUT_EPOCHS="1",
-        TAUT_WEIGHTS=str(tmp_path / "weights.pt"), **environment,
-    )  # fmt: skip
-    assert printed
+    weights = str(tmp_path / "weights.pt")
+    with mock.patch.dict(os.environ, TAUT_EPOCHS="1", TAUT_WEIGHTS=weights, **environment):
+        done = command(
+            "compress", ROOT / f"examples/{example}/task.py", "--recipe", recipe,
+            "--run-folder", tmp_path / "run", "--json",
+        )  # fmt: skip
+    assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "report.html").is_file()
     return json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
 
@@ -167,7 +184,7 @@ def test_demo_in_a_tiny_form(tmp_path):
 def test_records_pass_quickly_and_join_theirs(tmp_path):
     record = tmp_path / "record.json"
     for name in ("LeNet-300-100", "LeNet-5, best"):
-        run("benchmarks/papers/records.py", "--quick", "--only", name, "--json", record, cwd=ROOT)
+        passed("papers/records.py", "--only", name, "--json", record)
     found = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
     assert list(found) == [
         "LeNet-300-100, times smaller", "LeNet-300-100, error",
@@ -203,7 +220,7 @@ def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
 @pytest.mark.usefixtures("digits", "clothes")
 def test_the_searches_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/papers/search_pruning.py", "--quick", "--json", str(record), cwd=ROOT)
+    passed("papers/search_pruning.py", "--json", record)
     figures = json.loads(record.read_text())["figures"]
     for net in ("LeNet-5, filters", "ResNet-8, filters"):
         for row in (*SEARCHES, "particles of masks", "evolution of masks"):
@@ -217,7 +234,7 @@ def test_the_searches_benchmark_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("digits")
 def test_han2015_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    printed = run("benchmarks/papers/han2015.py", "--quick", "--json", record, cwd=ROOT)
+    printed = passed("papers/han2015.py", "--json", record)
     found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
     assert len(found) == 8
     for net in ("LeNet-300-100", "LeNet-5"):
@@ -231,7 +248,7 @@ def test_han2015_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("digits")
 def test_the_distillation_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    printed = run("benchmarks/papers/distillation.py", "--quick", "--json", str(record))
+    printed = passed("papers/distillation.py", "--json", record)
     figures = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
     teacher, alone, distilled, gap = figures.values()
     assert 0 < distilled < 250  # of 500
@@ -244,8 +261,7 @@ def test_the_distillation_benchmark_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("digits")
 def test_the_hashing_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    script = ("benchmarks/papers/hashednets.py", "--quick", "--only", "3 layers, 1/64")
-    run(*script, "--json", str(record), cwd=ROOT)
+    passed("papers/hashednets.py", "--only", "3 layers, 1/64", "--json", record)
     found = {f["name"].partition(": ")[2]: f for f in json.loads(record.read_text())["figures"]}
     ways = ("RER", "low rank", "equal size", "equal size, distilled", "hashed", "hashed, distilled")
     assert list(found)[:6] == list(ways)
@@ -258,7 +274,7 @@ def test_the_hashing_benchmark_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("digits")
 def test_the_binary_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/papers/binary.py", "--quick", "--json", str(record))
+    passed("papers/binary.py", "--json", record)
     found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
     assert found["BNN 3×1024, digits told alike by counted bits and by the trained form"]["holds"]
     assert found["BNN 3×1024, times smaller than fp32"]["ours"] > 15  # of layers of 64
@@ -271,8 +287,8 @@ def test_the_criteria_benchmark_passes_quickly(net, tmp_path):
         mnist() if net == "LeNet-5" else king_james()
     except DataError as error:
         pytest.skip(f"the data are not to be had: {error}")
-    record, script = tmp_path / "record.json", "benchmarks/papers/second_order.py"
-    printed = run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    record, script = tmp_path / "record.json", "papers/second_order.py"
+    printed = passed(script, "--only", net, "--json", record)
     found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
     assert len(found) == 3
     obs = found[f"{net}, 90 % of every layer: loss after OBS"]
@@ -289,8 +305,8 @@ def test_the_benchmark_of_rounding_passes_quickly(net, tmp_path):
         mnist() if net == "LeNet-5" else king_james()
     except DataError as error:
         pytest.skip(f"the data are not to be had: {error}")
-    record, script = tmp_path / "record.json", "benchmarks/papers/posttrain.py"
-    printed = run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    record, script = tmp_path / "record.json", "papers/posttrain.py"
+    printed = passed(script, "--only", net, "--json", record)
     found = json.loads(record.read_text())["figures"]
     assert [f["name"].partition(":")[0] for f in found] == [f"{net}, 4 bits", f"{net}, 3 bits"]
     # hardly more than plain rounding loses, even in a net hardly trained
@@ -304,8 +320,8 @@ def test_the_benchmark_of_few_bits_passes_quickly(net, tmp_path):
         fashion_mnist()
     except DataError as error:
         pytest.skip(f"the data are not to be had: {error}")
-    record, script = tmp_path / "record.json", "benchmarks/papers/lowbit.py"
-    run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    record, script = tmp_path / "record.json", "papers/lowbit.py"
+    passed(script, "--only", net, "--json", record)
     found = {f["name"].removeprefix(f"{net}, ").partition(":")[0]: f
              for f in json.loads(record.read_text())["figures"]}  # fmt: skip
     assert {"8/8 post-training", "DoReFa 2/2", "LSQ 3/3"} <= set(found)
@@ -315,7 +331,7 @@ def test_the_benchmark_of_few_bits_passes_quickly(net, tmp_path):
 @pytest.mark.usefixtures("digits", "clothes")
 def test_the_low_rank_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/papers/lowrank.py", "--quick", "--json", str(record), cwd=ROOT)
+    passed("papers/lowrank.py", "--json", record)
     found = {f["name"]: f for f in json.loads(record.read_text())["figures"]}
     assert len(found) == 12
     for net in ("LeNet-300-100", "VGG-small"):
@@ -327,7 +343,7 @@ def test_the_low_rank_benchmark_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("clothes")
 def test_the_slimming_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/papers/slim.py", "--quick", "--json", str(record), cwd=ROOT)
+    passed("papers/slim.py", "--json", record)
     figures = json.loads(record.read_text())["figures"]
     found = {f["name"].partition(": ")[2]: f for f in figures}
     assert found["times fewer MACs"]["holds"]
@@ -343,7 +359,7 @@ def test_the_benchmark_of_half_an_lstm_passes_quickly(tmp_path):
     except DataError as error:
         pytest.skip(f"the text is not to be had: {error}")
     record = tmp_path / "record.json"
-    printed = run("benchmarks/papers/lstm.py", "--quick", "--json", str(record), cwd=ROOT)
+    printed = passed("papers/lstm.py", "--json", record)
     units, worse, *times = json.loads(record.read_text())["figures"]
     assert units["ours"] == 256
     assert math.isfinite(worse["ours"])
@@ -354,9 +370,7 @@ def test_the_benchmark_of_half_an_lstm_passes_quickly(tmp_path):
 @pytest.mark.usefixtures("clothes")
 def test_the_swap_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run(
-        "benchmarks/papers/swap.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1"
-    )
+    passed("papers/swap.py", "--json", record)
     found = {f["name"].partition(": ")[2]: f["ours"]
              for f in json.loads(record.read_text())["figures"]}  # fmt: skip
     assert found["times fewer MACs"] > 4
@@ -366,7 +380,7 @@ def test_the_swap_benchmark_passes_quickly(tmp_path):
 
 def test_the_kernels_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/kernels.py", "--quick", "--json", str(record), cwd=ROOT, OMP_NUM_THREADS="1")
+    passed("kernels.py", "--json", record)
     found = {f["name"]: f["ours"] for f in json.loads(record.read_text())["figures"]}
     assert len(found) > 15
     difference = found.pop("bitplane W1A1, inner loop, one thread")  # of two times: of either sign
@@ -376,7 +390,7 @@ def test_the_kernels_benchmark_passes_quickly(tmp_path):
 
 def test_coverage_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
-    run("benchmarks/coverage.py", "--quick", "--json", str(record), cwd=ROOT)
+    passed("coverage.py", "--json", record)
     *halved, seconds, memory = json.loads(record.read_text())["figures"]
     assert [f["name"].partition(",")[0] for f in halved] == ["GPT-2", "ViT", "BiLSTM"]
     assert all(f["holds"] and 25 < f["ours"] < 60 for f in halved)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "taut"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted(
     p
-    for folder in ("src", "tests", "benchmarks", "examples")
+    for folder in ("src", "tests", "benchmarks", "examples", "tools")
     for p in (ROOT / folder).rglob("*.py")
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
