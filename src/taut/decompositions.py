@@ -83,13 +83,20 @@ def limits(kind: str, shape: Shape) -> tuple[int, ...]:
 
 
 def decomposed(
-    kind: str, weight: Tensor, ranks: Sequence[int], root: Tensor | None = None
-) -> list[Tensor]:
-    """The weights of the parts, float64. root: of the weight's columns, [in · kernel] squared."""
+    kind: str, weight: Tensor, ranks: Sequence[int], root: Tensor | None = None,
+    felt: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The weights of the parts, float64. root: of the weight's columns, [in · kernel] squared.
+
+    felt: L, [out, out], by which errors of the outputs count: the least ‖Lᵀ (W − parts) R‖.
+    """
     weight = weight.detach().cpu().double()
     ranks = [min(r, most) for r, most in zip(ranks, limits(kind, tuple(weight.shape)), strict=True)]
     makers = {"channel": _channel, "spatial": _spatial, "tucker": _tucker, "cp": _cp}
-    return makers[kind](weight, ranks, root)
+    if felt is None:
+        return makers[kind](weight, ranks, root)
+    *others, last = makers[kind](torch.einsum("po,p...->o...", felt, weight), ranks, root)
+    return [*others, torch.linalg.solve(felt.T, last.flatten(1)).reshape(last.shape)]
 
 
 def composed(kind: str, weights: Sequence[Tensor]) -> Tensor:

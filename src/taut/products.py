@@ -38,7 +38,8 @@ class Product:
 
     index: [out, in] int64, where its numbers lie in the flattened weight. moments: [in, in]
     float64, or [in], the diagonal alone. sums: [in] float64, Σ x. rows: how many inputs it met.
-    drift: [in, in] float64, or None where the network before was not run beside.
+    drift: [in, in] float64, and shift: [in] float64, Σ (x₀ − x), or None where the network before
+    was not run beside.
     """
 
     index: Tensor
@@ -46,6 +47,7 @@ class Product:
     sums: Tensor = field(repr=False)
     rows: int = 0
     drift: Tensor | None = None
+    shift: Tensor | None = field(default=None, repr=False)
 
     @property
     def squares(self) -> Tensor:
@@ -81,6 +83,16 @@ def _plainly(run: Callable[[], object]) -> None:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         one_dnn.enabled = kernels
+
+
+def centred(product: Product) -> Product:
+    """Of the inputs less their mean, x − x̄, and of those before less theirs."""
+    mean = product.sums / max(product.rows, 1)
+    drift = product.drift
+    if drift is not None and product.shift is not None:
+        drift = drift - product.shift[:, None] * mean
+    moments = product.moments - product.sums[:, None] * mean
+    return Product(product.index, moments, torch.zeros_like(mean), product.rows, drift)
 
 
 @dataclass(eq=False)
@@ -159,6 +171,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 same[0].moments += product.moments
                 if same[0].drift is not None and product.drift is not None:
                     same[0].drift += product.drift
+                if same[0].shift is not None and product.shift is not None:
+                    same[0].shift += product.shift
                 same[0].sums += product.sums
                 same[0].rows += product.rows
             else:
@@ -267,16 +281,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 product.sums += seen.sum(0)
                 product.rows += len(seen)
                 if other is None or other.shape != x.shape:
-                    product.drift = None
-                elif product.drift is not None:
-                    product.drift += (other[:, part].to(seen) - seen).T @ seen
+                    product.drift = product.shift = None
+                elif product.drift is not None and product.shift is not None:
+                    moved = other[:, part].to(seen) - seen
+                    product.drift += moved.T @ seen
+                    product.shift += moved.sum(0)
 
     def _empty(self, index: Tensor, correlated: bool) -> Product:
         n = index.shape[1]
         shape = (n, n) if correlated and not self.diagonal else (n,)
         zeros = torch.zeros(shape, dtype=torch.float64, device=index.device)
         drift = torch.zeros_like(zeros) if self.earlier and len(shape) == 2 else None
-        return Product(index, zeros, zeros.new_zeros(n), drift=drift)
+        shift = None if drift is None else zeros.new_zeros(n)
+        return Product(index, zeros, zeros.new_zeros(n), drift=drift, shift=shift)
 
 
 class _Earlier(_Watch):  # type: ignore[no-untyped-call]

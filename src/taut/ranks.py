@@ -93,15 +93,24 @@ def seen_by_data(weight: Tensor, site: Site, statistics: Statistics, technique: 
     By its columns, or where it is only looked up by its rows. Where they do not meet all of it in
     one way, it is seen plainly. Raises RecipeError without data to go by.
     """
-    try:
-        found = statistics.products(site)
-    except TaskError as error:
-        raise RecipeError(f"{technique}: {error}; or go without data by weighted=False") from error
+    return seen_by(weight, products_of(site, statistics, technique))
+
+
+def seen_by(weight: Tensor, found: Sequence[Product]) -> Matrix:
+    """A weight as what it is multiplied with sees it."""
     matrix = weight.detach().flatten(1)
     multiplied = [p for p in found if p.moments.dim() == 2]
     if multiplied:
         return Matrix(matrix, input_root(multiplied, matrix.shape[1]))
     return Matrix(matrix, _row_root(found, *matrix.shape), by_row=True)
+
+
+def products_of(site: Site, statistics: Statistics, technique: str) -> list[Product]:
+    """What a site's weight is multiplied with. Raises RecipeError without data to go by."""
+    try:
+        return statistics.products(site)
+    except TaskError as error:
+        raise RecipeError(f"{technique}: {error}; or go without data by weighted=False") from error
 
 
 _STEADY = 1e-3
@@ -129,6 +138,20 @@ def input_root(products: Sequence[Product], columns: int) -> Tensor | None:
     root: Tensor = torch.linalg.cholesky(
         moments / mean + _STEADY * torch.eye(columns, dtype=torch.float64)
     )
+    return root
+
+
+_FELT = 0.05
+"""Of the mean of what outputs feel, added to each, as few random draws tell it."""
+
+
+def output_root(moments: Tensor) -> Tensor | None:
+    """L with L Lᵀ = G, for what the network's outputs feel of a layer's, G: [out, out]."""
+    mean = moments.diagonal().mean()
+    if not bool(moments.isfinite().all()) or not float(mean) > 0:
+        return None
+    one = torch.eye(len(moments), dtype=torch.float64)
+    root: Tensor = torch.linalg.cholesky(moments / mean + _FELT * one)
     return root
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from taut.errors import TaskError
 from taut.modules import plain_copy, tensor_at
@@ -133,7 +134,7 @@ class Statistics:
         """What the site's weight is multiplied with in the model as it is now.
 
         Gathered anew each time: what was pruned before this site changes its inputs, and how far
-        they drifted from those of the model as it was at first is told, too. diagonal: no
+        they drifted from those of the model as it was at first, if that has changed. diagonal: no
         correlations. Raises TaskError without data, where the data are no numbers or always the
         same, and where nothing multiplies by the weight in a way that can be seen.
         """
@@ -143,11 +144,11 @@ class Statistics:
         def run_first(_: nn.Module, args: Any, kwargs: Any) -> None:
             first(*args, **kwargs)
 
-        if not diagonal:
+        before = None
+        if not diagonal and not _same(first, probe):  # else nothing drifted
             probe.register_forward_pre_hook(run_first, with_kwargs=True)
-        found = products(
-            lambda: loss(probe), tensor_at(probe, site.name), diagonal, tensor_at(first, site.name)
-        )
+            before = tensor_at(first, site.name)
+        found = products(lambda: loss(probe), tensor_at(probe, site.name), diagonal, before)
         if not found:
             raise TaskError(
                 f"what site {site.name!r} is multiplied with cannot be seen: the calibration data "
@@ -185,6 +186,50 @@ class Statistics:
                     "training data or in the network"
                 )
         return found
+
+    def felt(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """How much the network's outputs feel what layers give, in the model as it is now.
+
+        Of each Linear or Conv layer Σ Jᵀ · J over all that it gives, [out, out] float64, with J the
+        derivative of all outputs by the channels at one place: by random signs, the same each time
+        (Hutchinson 1990). What the data do not reach is left out. Raises TaskError without data.
+        """
+        loss = self._needed("what the outputs feel")
+        probe, twin = plain_copy(self._model), plain_copy(self._model).eval().requires_grad_(True)
+        signs, found = torch.Generator().manual_seed(0), dict[str, Tensor]()
+        given: list[tuple[str, int, Tensor]] = []
+
+        def keep(layer: nn.Module, out: Tensor, name: str) -> Tensor:
+            sides = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
+            given.append((name, out.dim() - 1 - sides, out))
+            return out.clone()  # what follows may work in place
+
+        def feel(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given.clear()
+            with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+                out = twin(*args, **kwargs)
+                leaves = tree_leaves(dict(out) if isinstance(out, dict) else out)
+                outs = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+                for _draw in range(_DRAWS if outs and given else 0):
+                    drawn = [torch.randint(0, 2, t.shape, generator=signs) * 2 - 1 for t in outs]
+                    total = torch.stack(
+                        [(t * d.to(t)).sum() for t, d in zip(outs, drawn, strict=True)]
+                    ).sum()
+                    whole = torch.autograd.grad(
+                        total, [t for *_, t in given], retain_graph=True, allow_unused=True,
+                        materialize_grads=True,
+                    )  # fmt: skip
+                    for (name, dim, _out), g in zip(given, whole, strict=True):
+                        rows = g.movedim(dim, -1).flatten(0, -2).double()
+                        found[name] = found.get(name, torch.zeros(())) + rows.T @ rows
+
+        for name in layers:
+            twin.get_submodule(name).register_forward_hook(
+                lambda layer, _, out, name=name: keep(layer, out, name)
+            )
+        probe.register_forward_pre_hook(feel, with_kwargs=True)
+        loss(probe)
+        return {name: g.cpu() for name, g in found.items()}
 
     def gradients(self, site: Site) -> Gradients:
         """Of the loss with respect to the site's weight, in the model as it was at first.
@@ -363,12 +408,25 @@ class Statistics:
         return Curve(sparsities=SPARSITIES, losses=tuple(losses), baseline=baseline)
 
 
+_DRAWS = 4
+"""Random signs of the outputs, for each of which gradients are taken."""
 _MOST_BYTES = 2**30
 """Of the Fisher blocks that are gathered in one pass over the data."""
 
 
 class _Enough(Exception):
     """Ends a forward that has been seen far enough."""
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks are of the same modules and hold the same numbers."""
+    kinds = ([type(m) for m in net.modules()] for net in (one, other))
+    states = one.state_dict(), other.state_dict()
+    return (
+        next(kinds) == next(kinds)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    )
 
 
 def _is_constant(product: Product) -> bool:

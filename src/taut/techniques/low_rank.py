@@ -43,8 +43,10 @@ from taut.decompositions import (
 from taut.edits import Edit, put_layer, register_edit
 from taut.errors import FormatError, RecipeError
 from taut.modules import clone, owner, tensor_at, unfilled
+from taut.norms import norm_of
+from taut.products import Product, centred
 from taut.rank_budget import BUDGETS, Call, Choice, calls_of, macs_of, spread
-from taut.ranks import RULES, input_root, seen_by_data
+from taut.ranks import RULES, input_root, output_root, products_of, seen_by
 from taut.reshaping import Reshaping, check_runs
 from taut.second_order import damped, realigned
 from taut.statistics import Statistics
@@ -93,7 +95,7 @@ class LowRank(Reshaping):
             chosen = self._within(model, layers, trace)
         else:
             chosen = [self._ranks(layer) for layer in layers]
-        found, seen = [], _Seen(model, statistics) if self.weighted else None
+        found, seen = [], _Seen(model, trace, statistics, layers) if self.weighted else None
         for layer, ranks in zip(layers, chosen, strict=True):
             if ranks:
                 found.append((layer.change(ranks), layer.parts(ranks, seen)))
@@ -114,6 +116,8 @@ class LowRank(Reshaping):
             with torch.no_grad():
                 for part, weight in zip(made, weights, strict=True):
                     cast(Tensor, part.weight).copy_(weight)
+        for site, by in seen.shifts if seen is not None else ():
+            _shift(model, trace, site, by)
         return model
 
     def _layer(self, module: nn.Module, site: Site, statistics: Statistics) -> _Layer:
@@ -122,12 +126,13 @@ class LowRank(Reshaping):
         if not bool(weight.isfinite().all()):
             raise RecipeError(f"low_rank: site {site.name!r} holds NaN or infinite weights")
         one_place = weight.dim() == 2 or math.prod(weight.shape[2:]) == 1
-        table, root = isinstance(module, nn.Embedding), None
-        if self.weighted:
-            seen = seen_by_data(weight, site, statistics, self.name)
+        table, root, met = isinstance(module, nn.Embedding), None, None
+        if self.weighted and (table or self.rank not in ("ratio", "vbmf")):
+            met = products_of(site, statistics, self.name)
+            seen = seen_by(weight, met)
             root = seen.root if seen.by_row == table else None
         how = "channel" if one_place else self.conv
-        return _Layer(site, module, how, weight.T if table else weight, root, table)
+        return _Layer(site, module, how, weight.T if table else weight, root, table, met)
 
     def _ranks(self, layer: _Layer) -> list[int]:
         """The ranks of a layer by a rule for itself; [] where they are no fewer numbers."""
@@ -200,6 +205,7 @@ class _Layer:
     weight: Tensor
     root: Tensor | None
     table: bool
+    met: list[Product] | None  # in the network as it was; None where nobody has asked
 
     @property
     def path(self) -> str:
@@ -228,14 +234,12 @@ class _Layer:
 
     def parts(self, ranks: list[int], seen: _Seen | None) -> list[Tensor]:
         """The weights of the parts; seen: what the data are where earlier layers are parts."""
-        if seen is None or self.root is None or self.table:
+        if seen is None or self.table:
             weights = decomposed(self.how, self.weight, ranks, self.root)
         else:
-            weight, root = seen.now(self.site)
-            weights = decomposed(self.how, weight, ranks, root)
-        if seen is not None:
-            whole = composed(self.how, weights)
-            seen.put(self.site, whole.T if self.table else whole)
+            weights = seen.fit(self, ranks)
+        if seen is not None and self.table:
+            seen.put(self.site, composed(self.how, weights).T)
         if self.table:
             weights[0] = weights[0].T.clone()
             weights[0][(self.weight.T == 0).all(1)] = 0  # of what pads, to the last bit
@@ -250,30 +254,80 @@ class _Layer:
 class _Seen:
     """What layers read once those before them have become parts, and what they are to give then.
 
-    A later layer makes good what the earlier ones lost (second_order.realigned).
+    A later layer makes good what the earlier ones lost (second_order.realigned); what the mean of
+    the inputs gives goes into the bias, or the batch norm behind, and is no matter of ranks; and
+    errors count as far as the network's outputs feel them.
     """
 
-    def __init__(self, model: nn.Module, statistics: Statistics) -> None:
-        self.model = clone(model)
+    def __init__(
+        self, model: nn.Module, trace: Trace, statistics: Statistics, layers: Sequence[_Layer]
+    ) -> None:
+        self.model, self.trace = clone(model), trace
         self.statistics = Statistics(self.model, statistics.loss)
-        self.first = self.statistics.first  # copied before anything changes
+        assert self.statistics.first is not self.model  # copied before anything changes
+        self.felt = statistics.felt([layer.path for layer in layers if not layer.table])
+        self.shifts: list[tuple[Site, Tensor]] = []
+        self.changed = False
 
-    def now(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """The weight to come near to, and the root of the moments of its inputs."""
-        weight = tensor_at(self.model, site.name).detach().cpu().double()
-        flat = weight.flatten()
-        met = [p for p in self.statistics.products(site) if p.moments.dim() == 2]
-        for product in met:
-            rows, drift = flat[product.index.cpu()], product.drift
+    def fit(self, layer: _Layer, ranks: list[int]) -> list[Tensor]:
+        """The parts of a layer, which stand in its place from then on."""
+        weight, site = layer.weight, layer.site
+        found = layer.met
+        if self.changed or found is None:
+            found = products_of(site, self.statistics, LowRank.name)
+        met = [p for p in found if p.moments.dim() == 2]
+        about = [centred(p) for p in met] if _takes(self.model, self.trace, site) else met
+        root = input_root(about, weight[0].numel()) if met else None
+        felt = output_root(self.felt[layer.path]) if layer.path in self.felt else None
+        if root is None:
+            weights = decomposed(layer.how, weight, ranks)
+            self.put(site, composed(layer.how, weights))
+            return weights
+        wanted = weight.flatten().clone()
+        for product in about:
+            rows, drift = wanted[product.index.cpu()], product.drift
             if drift is not None:
                 hessian = damped(product.moments.cpu())
-                flat[product.index.cpu()] = realigned(rows, hessian, drift.cpu())
-        return flat.reshape(weight.shape), input_root(met, weight[0].numel())
+                wanted[product.index.cpu()] = realigned(rows, hessian, drift.cpu())
+        weights = decomposed(layer.how, wanted.reshape(weight.shape), ranks, root, felt)
+        whole = composed(layer.how, weights)
+        if about is not met:
+            by = torch.zeros(len(weight), dtype=torch.float64)
+            for product in met:
+                mean = product.sums.cpu() / max(product.rows, 1)
+                moved = 0 if product.shift is None else product.shift.cpu() / max(product.rows, 1)
+                index = product.index.cpu()
+                lost = weight.flatten()[index] @ (mean + moved) - whole.flatten()[index] @ mean
+                by.index_add_(0, index[:, 0] // weight[0].numel(), lost)
+            self.shifts.append((site, by))
+            _shift(self.model, self.trace, site, by)
+        self.put(site, whole)
+        return weights
 
     @torch.no_grad()
     def put(self, site: Site, weight: Tensor) -> None:
         """Let the copy compute with what the parts amount to."""
         tensor_at(self.model, site.name).copy_(weight)
+        self.changed = True
+
+
+def _takes(model: nn.Module, trace: Trace, site: Site) -> bool:
+    """Whether a bias or a batch norm can take what the mean of a layer's inputs gives."""
+    layer = owner(model, site.name)[0]
+    return layer.bias is not None or norm_of(LowRank.name, model, trace, site) is not None
+
+
+@torch.no_grad()
+def _shift(model: nn.Module, trace: Trace, site: Site, by: Tensor) -> None:
+    """Let a layer, whole or in parts, give so much more, by its bias or the norm behind it."""
+    layer = model.get_submodule(_path(site))
+    last = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    norm = norm_of(LowRank.name, model, trace, site) if last.bias is None else None
+    if last.bias is not None:
+        cast(Tensor, last.bias).add_(by.to(cast(Tensor, last.bias)))
+    elif norm is not None:
+        mean = cast(Tensor, norm.running_mean)
+        mean.sub_(by.to(mean))
 
 
 def _path(site: Site) -> str:
