@@ -273,6 +273,40 @@ def test_four_bits_take_half_of_eight(tmp_path):
     assert sizes[0] - sizes[1] == pytest.approx(64 * 256 / 2, rel=0.1)
 
 
+class Attends(nn.Module):
+    """Attention, a layer of three dimensions, and a recurrent one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.wide = nn.Linear(8, 12)
+        self.cell = nn.LSTM(12, 6, batch_first=True)
+        nn.init.normal_(self.attention.out_proj.bias)
+
+    def forward(self, x):
+        found, _ = self.attention(x, x, x, need_weights=False)
+        return self.cell(F.relu(self.wide(found)))[0]
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.xml"])
+@pytest.mark.parametrize("any_batch", [True, False])
+def test_attention_and_recurrent_layers_beside_rounded_ones(tmp_path, name, any_batch):
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, 8)
+    task = a_task(x)
+    net = taut.apply(Attends().eval(), "quantize(activations=8)", task)
+    found = taut.export(net, tmp_path / name, x[:1], task=task, dynamic_batch=any_batch)
+    assert 1e-4 < found.agreement.error < 0.05
+    if name == "net.onnx":
+        graph = onnx.load(found.path).graph
+        kinds = [n.op_type for n in graph.node]
+        assert kinds.count("Gemm") == 3  # attention's two, and the layer
+        assert kinds.count("QuantizeLinear") == 3
+        types = {i.name: i.data_type for i in graph.initializer}
+        zeros = [n.input[2] for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert {types[z] for z in zeros} == {onnx.TensorProto.UINT8}
+
+
 def test_sums_between_rounded_layers_are_rounded_too(tmp_path):
     class Branches(nn.Module):
         def __init__(self):
@@ -305,8 +339,8 @@ def test_a_file_that_disagrees_is_kept_under_another_name(tmp_path, monkeypatch)
     net = a_digits_net()
     honest = onnx_file.model_of
 
-    def wrong(job, opened, unsigned=False):
-        model = honest(job, opened, unsigned)
+    def wrong(job, opened, suit):
+        model = honest(job, opened, suit)
         weight = model.graph.initializers["last.weight"]
         array = weight.const_value.numpy() * 1.5
         weight.const_value = onnx_file.ir.tensor(array, name="last.weight")
@@ -317,6 +351,22 @@ def test_a_file_that_disagrees_is_kept_under_another_name(tmp_path, monkeypatch)
     with pytest.raises(ExportError, match=r"off by up to .*from layer 'last' on.*onnx\.disagrees"):
         taut.export(net, tmp_path / "net.onnx", IMAGES)
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx.disagrees"]
+
+
+@torch.no_grad()
+def test_what_may_differ_follows_from_what_the_rounding_costs(quantized):
+    net, found = quantized
+    packed = packed_copy(net)
+    exact = check.plain(packed, rounded=False).network
+    _, cost = check.difference([exact(IMAGES[:2])], [packed(IMAGES[:2])])
+    assert 0.001 < cost < 0.02
+    samples = [((IMAGES[:2],), {})]
+    most = check.allowed(packed, samples, "float32")
+    assert most == pytest.approx(1e-3 + 2 * cost)
+    assert found.agreement.allowed < 0.05
+    assert check.allowed(a_digits_net(), samples, "bfloat16") == check.EXACT["bfloat16"]
+    coarse = taut.apply(a_digits_net(), "quantize(bits=2, activations=2)", a_task(IMAGES))
+    assert check.allowed(packed_copy(coarse), samples, "float32") <= 1e-3 + check.MOST_COARSE
 
 
 def test_an_operation_that_onnx_lacks_is_named_with_its_layer(tmp_path):

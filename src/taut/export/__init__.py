@@ -145,7 +145,11 @@ def export(
             else:
                 found, running = module.compared(job, made), None
             if not found.holds:
-                where = first_apart(job, target, samples[0]) if running is not None else None
+                where = (
+                    first_apart(job, target, samples[0], found.allowed)
+                    if running is not None
+                    else None
+                )
                 raise refuse(found, _named(target, made, path, ".disagrees"), where)
             score = packed_score = None
             if task is not None and running is not None and dynamic_batch:

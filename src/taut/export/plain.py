@@ -53,10 +53,11 @@ class Plain:
     rounds: bool
 
 
-def plain(packed: nn.Module, all_layers: bool = True) -> Plain:
+def plain(packed: nn.Module, all_layers: bool = True, rounded: bool = True) -> Plain:
     """A plain copy of a packed network, with the same answers.
 
-    all_layers: else those that run packed now are left as they are.
+    all_layers: else those that run packed now are left as they are. rounded: whether layers round
+    what they read; without, the answers tell what that rounding costs.
     """
     copied = clone(packed).eval()
     integers: dict[str, Integers] = {}
@@ -76,7 +77,7 @@ def plain(packed: nn.Module, all_layers: bool = True) -> Plain:
                 integers[f"{path}.{name}" if path else name] = numbers
         code = layer.input_code
         unpack_layer(layer, parameters)
-        if code is not None:
+        if code is not None and rounded:
             rounds = True
             layer.register_forward_pre_hook(_Rounds(code, channels_at(layer)))
     as_operations(copied)
