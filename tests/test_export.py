@@ -247,6 +247,27 @@ def test_pytorch_runs_what_runs_packed_by_tauts_products(tmp_path):
     torch.testing.assert_close(found.network(x[:3]), packed(x[:3]))
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own imports
+def test_executorch_runs_what_is_written_for_it(tmp_path):
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    net = taut.apply(a_digits_net(), "quantize(activations=8)", a_task(IMAGES))
+    found = taut.export(net, tmp_path / "net.pte", IMAGES[:2])
+    assert found.engine == "executorch"
+    assert found.agreement.error < 1e-3
+    x = IMAGES[2:4]
+    torch.testing.assert_close(found.network(x), packed_copy(net)(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(
+        ExportError, match=r"does not run net.pte on inputs of shapes .*planned for"
+    ):
+        found.network(IMAGES[:3])  # its memory is planned for two
+    with pytest.raises(ExportError, match="files for ExecuTorch hold float32, got precision='flo"):
+        taut.export(net, tmp_path / "net.pte", IMAGES[:2], precision="float16")
+    (tmp_path / "net.pte").write_bytes(b"no program")
+    with pytest.raises(ExportError, match=r"ExecuTorch cannot read net\.pte"):
+        targets.TARGETS["executorch"].module().opened(tmp_path / "net.pte")
+
+
 def test_tensors_for_other_tools(tmp_path):
     net = taut.apply(Words().eval(), "quantize(only='cell, words')", a_task(TOKENS))
     found = taut.export(net, tmp_path / "net.safetensors", TOKENS, about={"labels": [1, 2]})
@@ -426,7 +447,7 @@ def test_examples_of_every_form():
 
 def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    for to, extra in (("onnx", "onnx"), ("openvino", "openvino")):
+    for to, extra in (("onnx", "onnx"), ("openvino", "openvino"), ("executorch", "executorch")):
         with pytest.raises(ExportError, match=rf"not installed here: pip install taut\[{extra}\]"):
             taut.export(a_digits_net(), tmp_path / "net", IMAGES, to=to)
 
@@ -434,8 +455,6 @@ def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
 def test_engines_and_precisions_that_are_not_known(tmp_path):
     with pytest.raises(ExportError, match="no engine 'onx'; did you mean 'onnx'"):
         taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="onx")
-    with pytest.raises(ExportError, match=r"no file for ExecuTorch itself.*pip install executorch"):
-        taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="executorch")
     with pytest.raises(ExportError, match=r"net.bin must end in .onnx, .xml, .pt2"):
         taut.export(a_digits_net(), tmp_path / "net.bin", IMAGES)
     with pytest.raises(ExportError, match="no precision 'float8'; did you mean"):

@@ -4,6 +4,7 @@
     taut.export(net, "net.onnx", example)           ONNX Runtime; OpenVINO reads it too
     taut.export(net, "net.xml", example)            OpenVINO
     taut.export(net, "net.pt2", example)            torch.export, with Taut's own products
+    taut.export(net, "net.pte", example)            ExecuTorch
     taut.export(net, "net.safetensors", example)    only the tensors, for other tools
 
 Reshaped networks go out as they are, quantized ones as whole numbers that the engine multiplies,
@@ -104,12 +105,13 @@ def export(
     """Write a network for another engine, run it there, and compare before it gets its name.
 
     net: packed, with forms, or plain; it stays untouched. path: .onnx, .xml (OpenVINO), .pt2
-    (torch); to: the engine, where the name does not tell. example: an input, a tensor, a tuple, a
-    dict or (args, kwargs); by default the task's. task: gives real samples to compare on, and the
-    score. dynamic_batch, dynamic_length: whether the first and the second dimension of the inputs
-    take any size. precision: of the floats in the file: float32, float16 or bfloat16; they are
-    computed with as the engine likes. round_between: whether sums and pools between layers whose
-    inputs are rounded read rounded numbers, too, so that the engine never leaves whole numbers
+    (torch), .pte (ExecuTorch); to: the engine, where the name does not tell. example: an input, a
+    tensor, a tuple, a dict or (args, kwargs); by default the task's. task: gives real samples to
+    compare on, and the score. dynamic_batch, dynamic_length: whether the first and the second
+    dimension of the inputs take any size; never in ExecuTorch, which plans its memory ahead.
+    precision: of the floats in the file: float32, float16 or bfloat16; they are computed with as
+    the engine likes. round_between: whether sums, pools and products between layers whose inputs
+    are rounded read rounded numbers, too, so that the engine never leaves whole numbers
     (between.py); that takes a task, whose training data give the ranges. about: what the file is to
     tell of itself, as JSON.
 
@@ -120,6 +122,7 @@ def export(
     target = target_of(path, to)
     module = target.module()
     check_precision(precision)
+    dynamic_batch, dynamic_length = (d and target.any_size for d in (dynamic_batch, dynamic_length))
     if example is None and task is None:
         raise ExportError("export: give an example, the input of one forward, or a task")
     packed = packed_copy(net)
