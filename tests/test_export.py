@@ -247,6 +247,27 @@ def test_pytorch_runs_what_runs_packed_by_tauts_products(tmp_path):
     torch.testing.assert_close(found.network(x[:3]), packed(x[:3]))
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own imports
+def test_executorch_runs_what_is_written_for_it(tmp_path):
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    net = taut.apply(a_digits_net(), "quantize(activations=8)", a_task(IMAGES))
+    found = taut.export(net, tmp_path / "net.pte", IMAGES[:2])
+    assert found.engine == "executorch"
+    assert found.agreement.error < 1e-3
+    x = IMAGES[2:4]
+    torch.testing.assert_close(found.network(x), packed_copy(net)(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(
+        ExportError, match=r"does not run net.pte on inputs of shapes .*planned for"
+    ):
+        found.network(IMAGES[:3])  # its memory is planned for two
+    with pytest.raises(ExportError, match="files for ExecuTorch hold float32, got precision='flo"):
+        taut.export(net, tmp_path / "net.pte", IMAGES[:2], precision="float16")
+    (tmp_path / "net.pte").write_bytes(b"no program")
+    with pytest.raises(ExportError, match=r"ExecuTorch cannot read net\.pte"):
+        targets.TARGETS["executorch"].module().opened(tmp_path / "net.pte")
+
+
 def test_tensors_for_other_tools(tmp_path):
     net = taut.apply(Words().eval(), "quantize(only='cell, words')", a_task(TOKENS))
     found = taut.export(net, tmp_path / "net.safetensors", TOKENS, about={"labels": [1, 2]})
@@ -271,6 +292,40 @@ def test_four_bits_take_half_of_eight(tmp_path):
         assert found.agreement.error < 1e-5
         sizes.append(found.size_bytes)
     assert sizes[0] - sizes[1] == pytest.approx(64 * 256 / 2, rel=0.1)
+
+
+class Attends(nn.Module):
+    """Attention, a layer of three dimensions, and a recurrent one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.wide = nn.Linear(8, 12)
+        self.cell = nn.LSTM(12, 6, batch_first=True)
+        nn.init.normal_(self.attention.out_proj.bias)
+
+    def forward(self, x):
+        found, _ = self.attention(x, x, x, need_weights=False)
+        return self.cell(F.relu(self.wide(found)))[0]
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.xml"])
+@pytest.mark.parametrize("any_batch", [True, False])
+def test_attention_and_recurrent_layers_beside_rounded_ones(tmp_path, name, any_batch):
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, 8)
+    task = a_task(x)
+    net = taut.apply(Attends().eval(), "quantize(activations=8)", task)
+    found = taut.export(net, tmp_path / name, x[:1], task=task, dynamic_batch=any_batch)
+    assert 1e-4 < found.agreement.error < 0.05
+    if name == "net.onnx":
+        graph = onnx.load(found.path).graph
+        kinds = [n.op_type for n in graph.node]
+        assert kinds.count("Gemm") == 3  # attention's two, and the layer
+        assert kinds.count("QuantizeLinear") == 3
+        types = {i.name: i.data_type for i in graph.initializer}
+        zeros = [n.input[2] for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert {types[z] for z in zeros} == {onnx.TensorProto.UINT8}
 
 
 def test_sums_between_rounded_layers_are_rounded_too(tmp_path):
@@ -305,8 +360,8 @@ def test_a_file_that_disagrees_is_kept_under_another_name(tmp_path, monkeypatch)
     net = a_digits_net()
     honest = onnx_file.model_of
 
-    def wrong(job, opened, **options):
-        model = honest(job, opened, **options)
+    def wrong(job, opened, suit):
+        model = honest(job, opened, suit)
         weight = model.graph.initializers["last.weight"]
         array = weight.const_value.numpy() * 1.5
         weight.const_value = onnx_file.ir.tensor(array, name="last.weight")
@@ -317,6 +372,22 @@ def test_a_file_that_disagrees_is_kept_under_another_name(tmp_path, monkeypatch)
     with pytest.raises(ExportError, match=r"off by up to .*from layer 'last' on.*onnx\.disagrees"):
         taut.export(net, tmp_path / "net.onnx", IMAGES)
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx.disagrees"]
+
+
+@torch.no_grad()
+def test_what_may_differ_follows_from_what_the_rounding_costs(quantized):
+    net, found = quantized
+    packed = packed_copy(net)
+    exact = check.plain(packed, rounded=False).network
+    _, cost = check.difference([exact(IMAGES[:2])], [packed(IMAGES[:2])])
+    assert 0.001 < cost < 0.02
+    samples = [((IMAGES[:2],), {})]
+    most = check.allowed(packed, samples, "float32")
+    assert most == pytest.approx(1e-3 + 2 * cost)
+    assert found.agreement.allowed < 0.05
+    assert check.allowed(a_digits_net(), samples, "bfloat16") == check.EXACT["bfloat16"]
+    coarse = taut.apply(a_digits_net(), "quantize(bits=2, activations=2)", a_task(IMAGES))
+    assert check.allowed(packed_copy(coarse), samples, "float32") <= 1e-3 + check.MOST_COARSE
 
 
 def test_an_operation_that_onnx_lacks_is_named_with_its_layer(tmp_path):
@@ -376,7 +447,7 @@ def test_examples_of_every_form():
 
 def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    for to, extra in (("onnx", "onnx"), ("openvino", "openvino")):
+    for to, extra in (("onnx", "onnx"), ("openvino", "openvino"), ("executorch", "executorch")):
         with pytest.raises(ExportError, match=rf"not installed here: pip install taut\[{extra}\]"):
             taut.export(a_digits_net(), tmp_path / "net", IMAGES, to=to)
 
@@ -384,8 +455,6 @@ def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
 def test_engines_and_precisions_that_are_not_known(tmp_path):
     with pytest.raises(ExportError, match="no engine 'onx'; did you mean 'onnx'"):
         taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="onx")
-    with pytest.raises(ExportError, match=r"no file for ExecuTorch itself.*pip install executorch"):
-        taut.export(a_digits_net(), tmp_path / "net", IMAGES, to="executorch")
     with pytest.raises(ExportError, match=r"net.bin must end in .onnx, .xml, .pt2"):
         taut.export(a_digits_net(), tmp_path / "net.bin", IMAGES)
     with pytest.raises(ExportError, match="no precision 'float8'; did you mean"):

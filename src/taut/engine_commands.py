@@ -37,7 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 def export_command(
     taut_file: TautFile,
     to: Annotated[
-        str | None, typer.Option(help="the engine: onnx, openvino, torch, aoti; or safetensors")
+        str | None,
+        typer.Option(help="the engine: onnx, openvino, executorch, torch, aoti; or safetensors"),
     ] = None,
     path: Annotated[
         Path | None, typer.Option("--output", "-o", help="by default beside the .taut file")

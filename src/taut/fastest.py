@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from taut.engine_ops import operation_of
 from taut.errors import ExportError, TautError, did_you_mean
 from taut.export import export, resized
-from taut.export.check import EXACT, ROUNDED, difference, length
+from taut.export.check import allowed, difference, length
 from taut.export.job import as_example, bound
 from taut.layers import packed_layers, run_dense
 from taut.pack import packed_copy
@@ -250,8 +250,7 @@ def _timed(
     tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
     torch.save(tensors, folder / "inputs.pt")
     threads = threads or torch.get_num_threads()
-    rounds = any(p.input_code is not None for p in packed_layers(packed).values())
-    most = max(EXACT["bfloat16"], ROUNDED if rounds else 0.0)
+    most = allowed(packed, [given], "bfloat16")
     workers = {engine: _Worker(engine, folder, threads) for engine in engines}
     times: dict[str, list[float]] = {}
     try:

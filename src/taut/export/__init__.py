@@ -4,6 +4,7 @@
     taut.export(net, "net.onnx", example)           ONNX Runtime; OpenVINO reads it too
     taut.export(net, "net.xml", example)            OpenVINO, with Taut's own operations in it
     taut.export(net, "net.pt2", example)            torch.export, with Taut's own products
+    taut.export(net, "net.pte", example)            ExecuTorch
     taut.export(net, "net.safetensors", example)    only the tensors, for other tools
 
 Reshaped networks go out as they are, quantized ones as whole numbers that the engine multiplies,
@@ -115,12 +116,13 @@ def export(
     """Write a network for another engine, run it there, and compare before it gets its name.
 
     net: packed, with forms, or plain; it stays untouched. path: .onnx, .xml (OpenVINO), .pt2
-    (torch); to: the engine, where the name does not tell. example: an input, a tensor, a tuple, a
-    dict or (args, kwargs); by default the task's. task: gives real samples to compare on, and the
-    score. dynamic_batch, dynamic_length: whether the first and the second dimension of the inputs
-    take any size. precision: of the floats in the file: float32, float16 or bfloat16; they are
-    computed with as the engine likes. round_between: whether sums and pools between layers whose
-    inputs are rounded read rounded numbers, too, so that the engine never leaves whole numbers
+    (torch), .pte (ExecuTorch); to: the engine, where the name does not tell. example: an input, a
+    tensor, a tuple, a dict or (args, kwargs); by default the task's. task: gives real samples to
+    compare on, and the score. dynamic_batch, dynamic_length: whether the first and the second
+    dimension of the inputs take any size; never in ExecuTorch, which plans its memory ahead.
+    precision: of the floats in the file: float32, float16 or bfloat16; they are computed with as
+    the engine likes. round_between: whether sums, pools and products between layers whose inputs
+    are rounded read rounded numbers, too, so that the engine never leaves whole numbers
     (between.py); that takes a task, whose training data give the ranges. keep: whether layers for
     which Taut has an operation stay compressed in OpenVINO, which then needs Taut's library, put
     beside the file: auto, where it can be built here; all, or else fail; none. about: what the file
@@ -134,6 +136,7 @@ def export(
     module = target.module()
     check_precision(precision)
     check_keep(keep, target)
+    dynamic_batch, dynamic_length = (d and target.any_size for d in (dynamic_batch, dynamic_length))
     if example is None and task is None:
         raise ExportError("export: give an example, the input of one forward, or a task")
     packed = packed_copy(net)
@@ -161,7 +164,11 @@ def export(
             else:
                 found, running = module.compared(job, made), None
             if not found.holds:
-                where = first_apart(job, target, samples[0]) if running is not None else None
+                where = (
+                    first_apart(job, target, samples[0], found.allowed)
+                    if running is not None
+                    else None
+                )
                 raise refuse(found, _named(target, made, path, ".disagrees"), where)
             score = packed_score = None
             if task is not None and running is not None and dynamic_batch:

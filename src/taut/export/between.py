@@ -70,6 +70,8 @@ def _half_whole(node: ir.Node) -> bool:
     if node.op_type not in _MULTIPLIES:
         return False
     x, weight = node.inputs[:2]
+    while x is not None and (moved := x.producer()) is not None and moved.op_type in _KEEPS:
+        x = moved.inputs[0]
     source = None if weight is None else weight.producer()
     if x is None or x.const_value is not None or source is None:
         return False

@@ -12,17 +12,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from taut.activations import StepCode
 from taut.errors import ExportError
 from taut.export.job import Job
+from taut.export.plain import plain
 from taut.export.targets import Runner, Target
+from taut.layers import packed_layers
 from taut.trace import Example
 
 EXACT = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 4e-2}
 """How large the error may be, beside the answers' own size, by the precision of the file."""
 
-ROUNDED = 0.1
-"""The same where inputs are rounded: a last bit in a sum may move a number by a whole step."""
+ROUNDED = 2.0
+"""The same where inputs are rounded, in multiples of what that rounding changes in the answers.
+
+An engine rounds otherwise than the packed network: what a last bit in a sum moves by a whole step,
+on finer steps, and in more places (between.py). The errors of either are about as large, and
+independent: sqrt(1 + 1 + 1) of one, less than twice.
+"""
+
+MOST, MOST_COARSE = 0.5, 0.1
+"""Never more than these: of 8 bits, and of fewer, which engines round to the very same levels."""
+
+_FINE = 127  # steps, of 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +75,17 @@ def difference(found: Sequence[Any], wanted: Sequence[Any]) -> tuple[float, floa
     return worst, relative
 
 
-def allowed(job: Job) -> float:
-    """How large the relative error of this job's file may be."""
-    return max(EXACT[job.precision], ROUNDED if job.plain.rounds else 0.0)
+@torch.no_grad()
+def allowed(packed: nn.Module, samples: Sequence[Example], precision: str) -> float:
+    """How large the relative error of a file of this network may be."""
+    codes = [p.input_code for p in packed_layers(packed).values() if p.input_code is not None]
+    if not codes:
+        return EXACT[precision]
+    fine = any(isinstance(c, StepCode) and c.high - c.low >= _FINE for c in codes)
+    exact, cost = plain(packed, rounded=False).network, 0.0
+    for args, kwargs in samples:
+        cost = max(cost, difference(*(tree_leaves(n(*args, **kwargs)) for n in (exact, packed)))[1])
+    return EXACT[precision] + min(ROUNDED * cost, MOST if fine else MOST_COARSE)
 
 
 @torch.no_grad()
@@ -71,23 +93,24 @@ def agreement(job: Job, running: nn.Module, samples: Sequence[Example]) -> Agree
     """Compare a file that runs with the packed network, on some batches."""
     worst, error, count = 0.0, 0.0, 0
     for args, kwargs in samples:
-        wanted = torch.utils._pytree.tree_leaves(job.packed(*args, **kwargs))
-        found = torch.utils._pytree.tree_leaves(running(*args, **kwargs))
+        wanted = tree_leaves(job.packed(*args, **kwargs))
+        found = tree_leaves(running(*args, **kwargs))
         a, b = difference(found, wanted)
         worst, error = max(worst, a), max(error, b)
         count += length(args, kwargs)
-    return Agreement(max_error=worst, error=error, allowed=allowed(job), samples=count)
+    most = allowed(job.packed, samples, job.precision)
+    return Agreement(max_error=worst, error=error, allowed=most, samples=count)
 
 
 def length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Of how many examples the arguments of a forward are."""
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
 
 
 @torch.no_grad()
-def first_apart(job: Job, target: Target, sample: Example) -> str | None:
-    """The first layer whose output in the engine differs from the network's own, and by how much.
+def first_apart(job: Job, target: Target, sample: Example, most: float) -> str | None:
+    """The first layer whose output in the engine is further off than `most`, and by how much.
 
     None where none does, or the engine's files do not tell.
     """
@@ -112,16 +135,16 @@ def first_apart(job: Job, target: Target, sample: Example) -> str | None:
             hook.remove()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
-        opened = target.module().opened
-        layers = file.save_with_layers(job, path, opened)
-        run: Runner = opened(path)
-        tensors = [t for t in torch.utils._pytree.tree_leaves(sample) if isinstance(t, Tensor)]
+        engine = target.module()
+        layers = file.save_with_layers(job, path, engine.opened, engine.suit)
+        run: Runner = engine.opened(path)
+        tensors = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
         outputs = run(tensors)
     for layer, at in layers:
         output = outputs[at]
         if layer in seen and seen[layer].shape == output.shape:
             worst, error = difference([output], [seen[layer]])
-            if error > allowed(job):
+            if error > most:
                 return f"from layer {layer!r} on, where it is off by {worst:.3g}"
     return None
 

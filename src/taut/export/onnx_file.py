@@ -20,7 +20,6 @@ from taut.export.fuse import fuse
 from taut.export.graph import graph_of, layer_of
 from taut.export.job import Job
 from taut.export.targets import Runner
-from taut.export.whole import flatten_products, unsign
 from taut.files import write_atomically
 
 Opened = Callable[[Path], Runner]
@@ -29,24 +28,20 @@ _HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MANY = 64  # floats that are worth a half precision
 
 
-def model_of(job: Job, opened: Opened, unsigned: bool = False) -> ir.Model:
+def model_of(job: Job, opened: Opened, suit: Callable[[ir.Model], object]) -> ir.Model:
     """The network as an ONNX model, with what it tells of itself.
 
-    opened: opens ONNX files in the engine. unsigned: whether its whole numbers are uint8, and
-    its products flat, as ONNX Runtime has them. Raises ExportError where the network fixes a
-    dimension that was to be free.
+    opened: opens ONNX files in the engine. suit: brings whole numbers into the form that it likes.
+    Raises ExportError where the network fixes a dimension that was to be free.
     """
 
     def finish(model: ir.Model) -> None:
         if job.plain.kept:
             fuse(model)
-        if unsigned:
-            unsign(model.graph)
+        suit(model)
         if job.calibration and job.plain.rounds:
             round_between(model, partial(_seen, job, opened))
-        if unsigned:
-            unsign(model.graph)
-            flatten_products(model.graph)
+            suit(model)
 
     model = graph_of(job.program, job.plain.integers, finish)
     for value in model.graph.inputs:
@@ -131,9 +126,11 @@ def _seen(job: Job, opened: Opened, model: ir.Model, names: Sequence[str]) -> di
     return {n: torch.cat(parts) for n, parts in found.items()}
 
 
-def save_with_layers(job: Job, path: Path, opened: Opened) -> list[tuple[str, int]]:
+def save_with_layers(
+    job: Job, path: Path, opened: Opened, suit: Callable[[ir.Model], object]
+) -> list[tuple[str, int]]:
     """Write a model that gives the output of each layer, too: the layers' paths, and which."""
-    model = model_of(job, opened)
+    model = model_of(job, opened, suit)
     last = {layer_of(n.name or ""): n.outputs[0] for n in model.graph}
     found = []
     for layer, value in last.items():

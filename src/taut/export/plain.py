@@ -56,11 +56,14 @@ class Plain:
     kept: Mapping[str, str]
 
 
-def plain(packed: nn.Module, all_layers: bool = True, keep: bool = False) -> Plain:
+def plain(
+    packed: nn.Module, all_layers: bool = True, keep: bool = False, rounded: bool = True
+) -> Plain:
     """A plain copy of a packed network, with the same answers.
 
     all_layers: else those that run packed now are left as they are. keep: whether layers for which
-    Taut has an operation become that.
+    Taut has an operation become that. rounded: whether the others round what they read; without,
+    the answers tell what that rounding costs.
     """
     copied = clone(packed).eval()
     kept = {path: o.name for path, o in place(copied).items()} if keep else {}
@@ -87,7 +90,7 @@ def plain(packed: nn.Module, all_layers: bool = True, keep: bool = False) -> Pla
                 integers[f"{path}.{name}" if path else name] = numbers
         code = layer.input_code
         unpack_layer(layer, parameters)
-        if code is not None:
+        if code is not None and rounded:
             rounds = True
             layer.register_forward_pre_hook(_Rounds(code, channels_at(layer)))
     as_operations(copied)

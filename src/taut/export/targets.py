@@ -34,7 +34,8 @@ class Target:
     """An engine: what it is called, how its files end, the packages it needs, and their extra.
 
     runs: whether its files can be run here, so that they are compared; some only hold numbers.
-    keeps: whether it takes Taut's operations, so that layers stay compressed.
+    keeps: whether it takes Taut's operations, so that layers stay compressed. any_size: whether its
+    files can leave the batch and the length free.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     beside: tuple[str, ...] = ()
     runs: bool = True
     keeps: bool = False
+    any_size: bool = True
 
     def module(self) -> Any:
         """Its module. Raises ExportError, with the command that installs what is missing."""
@@ -73,6 +75,10 @@ TARGETS = {
         ),
         Target(name="torch", suffix=".pt2"),
         Target(name="aoti", suffix=".pt2"),
+        Target(
+            name="executorch", suffix=".pte", packages=("executorch",), extra="executorch",
+            any_size=False,
+        ),
         Target(name="safetensors", suffix=".safetensors", runs=False),
     )
 }  # fmt: skip
@@ -89,11 +95,6 @@ def target_of(path: Path, name: str | None) -> Target:
                 f"to={' | '.join(TARGETS)}"
             )
         return by_suffix[path.suffix]
-    if name == "executorch":
-        raise ExportError(
-            "export: Taut writes no file for ExecuTorch itself; write a .pt2 by to='torch', and "
-            "lower it there (pip install executorch; executorch.exir.to_edge_transform_and_lower)"
-        )
     if name not in TARGETS:
         raise ExportError(f"export: there is no engine {name!r}{did_you_mean(name, TARGETS)}")
     return TARGETS[name]

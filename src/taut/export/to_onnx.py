@@ -16,7 +16,7 @@ from taut.errors import ExportError
 from taut.export.job import Job
 from taut.export.onnx_file import about, model_of, refused, save
 from taut.export.targets import Runner, check_count
-from taut.export.whole import widen_rest
+from taut.export.whole import flatten_products, unsign, widen_rest
 
 _RECURRENT = (b"LSTM", b"GRU", b"RNN")
 
@@ -25,7 +25,13 @@ __all__ = ["about", "opened", "write"]
 
 def write(job: Job, path: Path) -> None:
     """Write the network as ONNX."""
-    save(model_of(job, opened, unsigned=True), path)
+    save(model_of(job, opened, suit), path)
+
+
+def suit(model: ir.Model) -> None:
+    """Whole numbers as ONNX Runtime has most products for them: uint8 by int8, flat."""
+    unsign(model.graph)
+    flatten_products(model.graph)
 
 
 def opened(path: Path, threads: int | None = None, precision: str = "float32") -> Runner:

@@ -20,7 +20,7 @@ from taut.errors import ExportError
 from taut.export import onnx_file
 from taut.export.job import Job
 from taut.export.targets import Runner, check_count
-from taut.export.whole import widen_rest
+from taut.export.whole import widen_rest as suit
 from taut.kernels.openvino import extension
 
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -30,9 +30,7 @@ def write(job: Job, path: Path) -> None:
     """Write the network as OpenVINO's own format, by way of ONNX."""
     with TemporaryDirectory() as folder:
         between = Path(folder) / "net.onnx"
-        made = onnx_file.model_of(job, opened)
-        widen_rest(made)
-        onnx_file.save(made, between)
+        onnx_file.save(onnx_file.model_of(job, opened, suit), between)
         try:
             model = _core(between).read_model(between)
         except RuntimeError as error:
