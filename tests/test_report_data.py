@@ -21,7 +21,7 @@ from taut.packed import Plain
 from taut.report import write_report
 from taut.report_data import LayerRow, ReportData
 from taut.techniques.share_values import SharedValues
-from taut.types import Choice
+from taut.types import Choice, Latency, Measurement
 
 
 @pytest.fixture(scope="module")
