@@ -197,3 +197,12 @@ def test_recipe_and_goal_are_told_apart(task_file, arguments, message):
     done = run("compress", task_file, *arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_techniques_are_listed_for_machines():
+    found = json.loads(run("techniques", "--json").stdout)
+    assert set(found) == set(taut.technique.STEPS)
+    sparsity = found["prune_weights"]["options"]["sparsity"]
+    assert (sparsity["default"], sparsity["low"], sparsity["below"]) == (0.9, 0, 1)
+    assert found["prune_weights"]["technique"] is True
+    assert found["recover"]["technique"] is False

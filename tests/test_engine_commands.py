@@ -67,6 +67,14 @@ def test_export_run_and_what_the_file_tells(run_folder, tmp_path, task):
     assert answers[0].shape == (3, 10)
     assert np.abs(answers[0] - answers[1]).max() < 0.05 * np.abs(answers[0]).max()
     printed = run("run", run_folder / "net.taut", tmp_path / "x.npy").output
+    told = json.loads(run("run", run_folder / "net.taut", tmp_path / "x.npy", "--json").stdout)
+    assert told["shapes"] == [list(np.load(tmp_path / "y.npy").shape)]
+    assert np.array_equal(np.float32(told["outputs"][0]), answers[0])
+    named = run("run", run_folder / "net.taut", tmp_path / "x.npy", "-o", tmp_path / "z.npy",
+                "--json")  # fmt: skip
+    assert json.loads(named.stdout) == {
+        "shapes": told["shapes"], "file": str(tmp_path / "z.npy"),
+    }  # fmt: skip
     assert printed.count("[") == 4
 
 

@@ -72,8 +72,8 @@ FLOORS = (
     {"compress"},
     {"search", "frontier_data"},
     {"report_data", "doctor", "sensitivity", "fallback"},
-    {"report", "terminal", "engine_commands"},
-    {"comparison"},
+    {"report", "terminal"},
+    {"comparison", "engine_commands"},
     {"cli_search"},
     {"cli"},
 )

@@ -21,7 +21,7 @@ from taut.packed import Plain
 from taut.report import write_report
 from taut.report_data import LayerRow, ReportData
 from taut.techniques.share_values import SharedValues
-from taut.types import Choice
+from taut.types import Choice, Latency, Measurement
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +276,30 @@ def test_what_the_original_did_not_have_is_told_too(trained, task, tmp_path):
     assert [a.name for a in data.angles] == ["0.weight", "3.weight", "5.weight"]
     write_report(result, trained)
     assert "3:input" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_engines_are_told_where_there_are_several() -> None:
+    def taken(**ms: float) -> Measurement:
+        each = [
+            Latency(batch=batch, threads=2, engine=engine, median_ms=batch * ms[engine],
+                    iqr_ms=0.1, runs=5)
+            for batch in (1, 4) for engine in ms
+        ]  # fmt: skip
+        return Measurement(
+            score=0.5, size_bytes=1, parameters=1, nonzero_parameters=1, macs=1, effective_macs=1,
+            latencies=tuple(each),
+        )  # fmt: skip
+
+    rows = report_data._engines(taken(onnx=2.0, compile=3.0), taken(openvino=1.0, onnx=1.5))
+    assert [(r.batch, r.engine, r.before_ms, r.after_ms) for r in rows] == [
+        (1, "openvino", None, 1.0), (1, "onnx", 2.0, 1.5), (1, "compile", 3.0, None),
+        (4, "openvino", None, 4.0), (4, "onnx", 8.0, 6.0), (4, "compile", 12.0, None),
+    ]  # fmt: skip
+    assert report_data._engines(taken(onnx=2.0), taken(onnx=1.0)) == ()
+
+
+def test_sensitivities_come_from_the_record() -> None:
+    curve = {"baseline": 0.5, "sparsities": [0.5, 0.9], "losses": [0.75, None]}
+    (row,) = report_data._sensitivities({"sensitivity": {"fc.weight": curve}})
+    assert (row.name, row.baseline, row.losses) == ("fc.weight", 0.5, (0.75, None))
+    assert report_data._sensitivities({}) == ()

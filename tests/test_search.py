@@ -196,6 +196,25 @@ def test_a_foreign_study_is_refused(tmp_path):
         Study(tmp_path, "digits", {}, ("score", "bytes"), "higher", url)
 
 
+def test_a_fresh_start_deletes_no_other_tasks_study(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    given = (tmp_path, "name", {"task": "mine"}, ("score", "bytes"), "higher", url)
+    first = Study(*given)
+    first.ask(optuna.samplers.RandomSampler(seed=0))
+    first.close()
+    yours = (tmp_path, "name", {"task": "yours"}, ("score", "bytes"), "higher", url, True)
+    with pytest.raises(
+        RunError, match="is not of task 'yours' but of 'mine', so it is not deleted"
+    ):
+        Study(*yours)
+    again = Study(*given)
+    assert len(again.optuna.get_trials()) == 1
+    again.close()
+    fresh = Study(*given, True)
+    assert not fresh.optuna.get_trials()
+    fresh.close()
+
+
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path, monkeypatch):
     real, calls = jobs.Trial.go, []
 

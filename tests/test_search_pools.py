@@ -107,7 +107,7 @@ def test_what_goes_wrong_in_a_job_is_its_outcome(two):
     pool, folder = two
     pool.submit(job(folder, 10, "low_rank(only='nowhere') > recover(epochs=1)"))
     _, outcome = pool.next()
-    assert outcome.error.startswith("RecipeError: low_rank: only='nowhere' matches no site")
+    assert outcome.error.startswith("low_rank: only='nowhere' matches no site")
     assert Outcome.from_json(outcome.to_json()) == outcome
 
 

@@ -187,8 +187,8 @@ def _png(image: Tensor) -> str:
         return ""
     longest = max(image.shape[1:])
     if longest > _SIDE:
-        sides = [max(1, side * _SIDE // longest) for side in image.shape[1:]]
-        image = F.adaptive_avg_pool2d(image, sides)
+        height, width = (max(1, side * _SIDE // longest) for side in image.shape[1:])
+        image = F.adaptive_avg_pool2d(image, (height, width))
     image = image.nan_to_num()
     low, high = image.min(), image.max()
     pixels = ((image - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)

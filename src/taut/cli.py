@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,10 +29,14 @@ from taut.processes import is_main, once
 from taut.recipe import describe_range
 from taut.report import write_report
 from taut.sensitivity import Sensitivity, sensitivity, write_plot
-from taut.technique import STEPS, techniques
+from taut.technique import STEPS, Step, techniques
 from taut.terminal import (
     EXIT_NOT_MET,
     AsJson,
+    Fresh,
+    Precision,
+    RunFolder,
+    Seed,
     TaskFile,
     err,
     loaded,
@@ -78,16 +82,12 @@ def compress_command(
     goal: Annotated[
         str | None, typer.Option(help="bounds to keep, like 'bytes<=5%, score>=-0.5%'")
     ] = None,
-    run_folder: Annotated[
-        Path | None, typer.Option(help="where everything goes; by default runs/<name>")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    precision: Annotated[
-        str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
-    ] = "auto",
+    run_folder: RunFolder = None,
+    seed: Seed = 0,
+    precision: Precision = "auto",
     epochs: Annotated[int, typer.Option(help="with --goal: recovery in the first trial")] = 12,
     trials: Annotated[int, typer.Option(help="with --goal: how many trials at most")] = 5,
-    fresh: Annotated[bool, typer.Option(help="forget an earlier run of the same name")] = False,
+    fresh: Fresh = False,
     engine: Annotated[
         str, typer.Option(help="whose latency counts: pytorch, one of bench's engines, or auto")
     ] = "pytorch",
@@ -248,9 +248,13 @@ app.command("bench")(bench_command)
 
 
 @app.command("techniques")
-def techniques_command() -> None:
+def techniques_command(as_json: AsJson = False) -> None:
     """List the techniques, their options and the ranges that they take."""
-    for name in sorted(STEPS, key=lambda n: (n not in techniques(), n)):
+    order = sorted(STEPS, key=lambda n: (n not in techniques(), n))
+    if as_json:
+        print_json({name: _options(STEPS[name]) for name in order})
+        return
+    for name in order:
         cls = STEPS[name]
         first = (cls.__doc__ or "").strip().splitlines()[0]
         table = Table(title=f"[bold]{name}[/]  {first}", title_justify="left", expand=True)
@@ -264,6 +268,15 @@ def techniques_command() -> None:
                 rule["help"],
             )  # fmt: skip
         out.print(table)
+
+
+def _options(cls: type[Step]) -> dict[str, Any]:
+    """A step for machines. Options are at least `low`, at most `high` and less than `below`."""
+    return {
+        "summary": (cls.__doc__ or "").strip().splitlines()[0],
+        "technique": cls.name in techniques(),
+        "options": {f.name: {"default": f.default, **f.metadata} for f in cls.options()},
+    }
 
 
 @app.command("doctor")

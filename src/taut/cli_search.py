@@ -22,6 +22,10 @@ from taut.search import Comparison, SearchResult, compare, search
 from taut.terminal import (
     EXIT_NOT_MET,
     AsJson,
+    Fresh,
+    Precision,
+    RunFolder,
+    Seed,
     TaskFile,
     err,
     loaded,
@@ -32,6 +36,12 @@ from taut.terminal import (
 )
 from taut.types import Candidate, Direction, EpochRecord
 from taut.watch import Watch
+
+Techniques = Annotated[str, typer.Option(help="which of them: patterns, `!` excludes")]
+Settings = Annotated[
+    str, typer.Option(help="steps that every recipe starts by, like training(clip=1)")
+]
+Workers = Annotated[int, typer.Option(help="processes on this machine")]
 
 
 def search_command(
@@ -48,11 +58,9 @@ def search_command(
     halving: Annotated[
         str, typer.Option(help="tournaments on epochs: none, halving or hyperband")
     ] = "none",
-    techniques: Annotated[str, typer.Option(help="which to search: patterns, `!` excludes")] = "*",
-    settings: Annotated[
-        str, typer.Option(help="steps that every recipe starts by, like training(clip=1)")
-    ] = "",
-    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    techniques: Techniques = "*",
+    settings: Settings = "",
+    workers: Workers = 1,
     ray: Annotated[
         str | None, typer.Option(help="address of a Ray cluster; '' starts one here")
     ] = None,
@@ -65,14 +73,10 @@ def search_command(
         str, typer.Option(help="that latencies are taken with: pytorch, one of bench's, or auto")
     ] = "pytorch",
     threads: Annotated[int, typer.Option(help="that latencies are taken at; 0: all")] = 0,
-    precision: Annotated[
-        str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
-    ] = "auto",
-    run_folder: Annotated[
-        Path | None, typer.Option(help="where everything goes; by default runs/<name>")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    fresh: Annotated[bool, typer.Option(help="forget an earlier run of the same name")] = False,
+    precision: Precision = "auto",
+    run_folder: RunFolder = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Search recipes of all techniques for a --goal. Started again, it goes on where it was.
@@ -102,19 +106,13 @@ def compare_command(
     task_file: TaskFile,
     epochs: Annotated[int, typer.Option(help="of recovery, the same for all")] = 2,
     strengths: Annotated[int, typer.Option(help="how many of each technique's")] = 3,
-    techniques: Annotated[str, typer.Option(help="which: patterns, `!` excludes")] = "*",
-    settings: Annotated[
-        str, typer.Option(help="steps that every recipe starts by, like training(clip=1)")
-    ] = "",
-    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
-    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    precision: Annotated[
-        str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
-    ] = "auto",
-    run_folder: Annotated[
-        Path | None, typer.Option(help="where everything goes; by default runs/<task>-compare")
-    ] = None,
-    fresh: Annotated[bool, typer.Option(help="forget an earlier comparison")] = False,
+    techniques: Techniques = "*",
+    settings: Settings = "",
+    workers: Workers = 1,
+    precision: Precision = "auto",
+    run_folder: RunFolder = None,
+    seed: Seed = 0,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare every technique at several strengths, each with the same training: table, picture."""
@@ -127,19 +125,12 @@ def compare_command(
         )  # fmt: skip
         page = write_comparison(result, model)
     if as_json:
-        print_json(
-            {
-                "original": result.original.to_json(),
-                "rows": [
-                    {**vars(r), "candidate": r.candidate.to_json() if r.candidate else None}
-                    for r in result.rows
-                ],
-                "frontier": result.frontier.rows(),
-                "picture": str(page),
-            }
-        )
+        frontier = {"frontier": result.frontier.rows(), "picture": str(page)}
+        print_json({**result.to_json(), **frontier})
     else:
         out.print(_compared(result))
+        for why in dict.fromkeys(r.why for r in result.rows if r.why):
+            out.print(f"  {why}", style="dim", highlight=False, soft_wrap=True, markup=False)
         out.print(f"picture  {page}", highlight=False, soft_wrap=True)
 
 

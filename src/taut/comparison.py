@@ -18,9 +18,9 @@ from taut.types import Direction
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A technique that came to nothing on this network, and why."""
+    """A technique that came to nothing on this network, and why: each reason once."""
 
-    recipe: str
+    technique: str
     why: str
 
 
@@ -61,7 +61,10 @@ def comparison_data(result: Comparison, model: nn.Module) -> ComparisonData:
             Row(label="Effective MACs", unit="count", before=original.effective_macs, after=None),
         ),
         candidates=rows, curves=curves(rows, result.better),
-        refused=tuple(Refused(recipe=r.recipe, why=r.why) for r in result.rows if r.why),
+        refused=tuple(
+            Refused(technique=name, why=why)
+            for name, why in dict.fromkeys((r.technique, r.why) for r in result.rows if r.why)
+        ),
         versions=record["versions"],
         machine={k: "none" if v is None else str(v) for k, v in record["machine"].items()},
     )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -13,7 +11,6 @@ import numpy as np
 import torch
 import typer
 from numpy.lib.npyio import NpzFile
-from rich.console import Console
 from torch import Tensor, nn
 
 from taut.errors import ExportError, TaskError
@@ -23,15 +20,13 @@ from taut.files import read_json, write_atomically
 from taut.modules import clone
 from taut.pack import load
 from taut.task import Task, load_task
-
-out = Console()
+from taut.terminal import AsJson, out, print_json
 
 TautFile = Annotated[Path, typer.Argument(help="a .taut file")]
 TaskOption = Annotated[
     Path | None,
     typer.Option("--task", help="the network's task; by default that of the run it lies in"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
 
 def export_command(
@@ -85,6 +80,7 @@ def run_command(
         Path | None, typer.Option("--output", "-o", help="an .npy file; else they are printed")
     ] = None,
     task_file: TaskOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a network on the numbers in a file: a .taut file here, an exported one in its engine."""
     tensors = _read(inputs)
@@ -96,8 +92,11 @@ def run_command(
         _, net = packed_network(file, task_file)
         answers = answers_of(net, (tuple(tensors), {}))
     arrays = [a.numpy() for a in answers]
+    if as_json:
+        shown = {"outputs": [a.tolist() for a in arrays]} if output is None else {}
+        print_json({"shapes": [a.shape for a in arrays], "file": output and str(output), **shown})
     if output is None:
-        for array in arrays:
+        for array in () if as_json else arrays:
             out.print(np.array2string(array), highlight=False)
     elif len(arrays) == 1:
         write_atomically(output, lambda to: np.save(to, arrays[0]))
@@ -172,11 +171,6 @@ def recorded(taut_file: Path) -> dict[str, Any]:
     best = record.get("best")  # of a search
     chosen = record["candidates"][record["chosen"]] if best is None else best
     return {"recipe": chosen["recipe"], "measurement": chosen["measurement"]}
-
-
-def print_json(data: Any) -> None:
-    """Print JSON, and nothing else, on standard output."""
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
 
 def _numbers(found: Exported) -> dict[str, Any]:

@@ -7,7 +7,7 @@ function candidates(original, of, spread, bound, x) {
   const points = {
     type, mode: many ? "markers" : "markers+text", x: all.map(of), y: all.map(y),
     error_x: spread && !many ? {symmetric: false, array: all.map(spread), arrayminus: all.map((c) => Math.min(spread(c), of(c))), color: tone("before"), thickness: 1, width: 3} : undefined,
-    text: all.map((c) => `   ${c.number}`), textposition: "middle right",
+    text: all.map((c) => all.length < 17 || c.on_frontier ? `   ${c.number}` : ""), textposition: "middle right",
     textfont: {color: all.map((c) => tone(c.on_frontier ? "ink" : "before"))},
     hovertext: all.map((c) => c.recipe.replaceAll("<", "&lt;").replaceAll(" > ", " ><br>")),
     hovertemplate: `%{x:,} ${x.unit}, %{y:.4~f}<br>%{hovertext}<extra></extra>`,

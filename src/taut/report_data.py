@@ -372,15 +372,18 @@ def _engines(before: Measurement, after: Measurement) -> tuple[EngineRow, ...]:
     places = sorted({**new, **old}, key=lambda at: at[0])  # within a batch as they were
     if len({engine for _, engine in places}) < 2:
         return ()
-    return tuple(
-        EngineRow(
-            engine=engine, batch=batch, threads=(was or now).threads,  # type: ignore[union-attr]
-            before_ms=was and was.median_ms, before_iqr_ms=was and was.iqr_ms,
-            after_ms=now and now.median_ms, after_iqr_ms=now and now.iqr_ms,
-        )
-        for batch, engine in places
-        for was, now in [(old.get((batch, engine)), new.get((batch, engine)))]
-    )  # fmt: skip
+    rows = []
+    for batch, engine in places:
+        was, now = old.get((batch, engine)), new.get((batch, engine))
+        threads = was.threads if was else now.threads if now else 0
+        rows.append(
+            EngineRow(
+                engine=engine, batch=batch, threads=threads,
+                before_ms=was.median_ms if was else None, before_iqr_ms=was.iqr_ms if was else None,
+                after_ms=now.median_ms if now else None, after_iqr_ms=now.iqr_ms if now else None,
+            )
+        )  # fmt: skip
+    return tuple(rows)
 
 
 def _sensitivities(record: Mapping[str, Any]) -> tuple[SensitivityRow, ...]:

@@ -22,6 +22,14 @@ out, err = Console(), Console(stderr=True)
 
 TaskFile = Annotated[Path, typer.Argument(help="a Python file with model(), train() and test()")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="where everything goes; by default runs/<name>")
+]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+Precision = Annotated[
+    str, typer.Option(help="of biases and norms: auto, float16, bfloat16 or float32")
+]
+Fresh = Annotated[bool, typer.Option(help="forget an earlier run of the same name")]
 
 EXIT_NOT_MET = 3  # the run went well, but a bound of the goal does not hold
 

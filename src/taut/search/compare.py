@@ -62,6 +62,14 @@ class Comparison:
         """The candidates that no other beats, all timed in one run."""
         return Frontier.of(self.candidates, self.original, self.better)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain types: the original's measurement and all rows."""
+        rows = [
+            {**vars(r), "candidate": r.candidate.to_json() if r.candidate else None}
+            for r in self.rows
+        ]
+        return {"original": self.original.to_json(), "rows": rows}
+
 
 def compare(
     model: nn.Module,
@@ -130,7 +138,7 @@ def compare(
         original=replace(original, latencies=times[0][0]), better=task.better, task=task.name,
         folder=place,
     )  # fmt: skip
-    _save(place, {**asked, **_told(result), "versions": versions(), "machine": machine()})
+    _save(place, {**asked, **result.to_json(), "versions": versions(), "machine": machine()})
     return result
 
 
@@ -207,13 +215,3 @@ def _claim(place: Path, asked: dict[str, Any], fresh: bool) -> None:
 
 def _save(place: Path, data: dict[str, Any]) -> None:
     write_atomically(place / "compare.json", json.dumps(data, indent=1).encode())
-
-
-def _told(result: Comparison) -> dict[str, Any]:
-    return {
-        "original": result.original.to_json(),
-        "rows": [
-            {**vars(r), "candidate": r.candidate.to_json() if r.candidate else None}
-            for r in result.rows
-        ],
-    }

@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from taut.errors import SearchError
+from taut.errors import SearchError, TautError
 from taut.files import read_json, write_atomically
 from taut.recipe import Recipe
 from taut.trial import Ground, Trial
@@ -79,7 +79,8 @@ def run_job(ground: Ground, job: Job) -> Outcome:
     except Exception as error:  # whatever a network makes of a recipe; the search goes on
         _log.warning("trial %d: %s: %s", job.number, type(error).__name__, error, exc_info=True)
         said = (str(error).strip().splitlines() or [""])[0]
-        return Outcome(error=f"{type(error).__name__}: {said}")
+        known = isinstance(error, TautError)  # whose message says it all
+        return Outcome(error=said if known else f"{type(error).__name__}: {said}")
     outcome = Outcome(candidate=candidate, history=tuple(vars(r) for r in trial.history))
     data = {"outcomes": {**job.outcomes(), job.recipe: outcome.to_json()}}
     write_atomically(Path(job.folder) / "trial.json", json.dumps(data, indent=1).encode())

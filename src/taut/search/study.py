@@ -51,7 +51,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         up = [a == "score" and better == "higher" for a in axes]
         ways = [StudyDirection.MAXIMIZE if u else StudyDirection.MINIMIZE for u in up]
-        self.optuna = self._opened(ways, fresh)
+        self.optuna = self._opened(ways, asked if fresh else None)
         self._claim(asked)
         self.token = f"{socket.gethostname()} {folder.resolve()} {uuid.uuid4().hex}"
         self._held = self._own()
@@ -59,19 +59,24 @@ class Study:
 
     # ---- opening ----------------------------------------------------------------------------
 
-    def _opened(self, directions: list[StudyDirection], fresh: bool) -> optuna.Study:
+    def _opened(
+        self, directions: list[StudyDirection], forget: Mapping[str, Any] | None
+    ) -> optuna.Study:
         where = self.url or str(self.folder / "study.journal")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 storage = _database(self.url) if self.url else self._journal()
-                if fresh:
+                if forget is not None:
                     with contextlib.suppress(KeyError):  # there is none yet
-                        optuna.delete_study(study_name=self.name, storage=storage)
+                        self._forget(optuna.load_study(study_name=self.name, storage=storage),
+                                     forget)  # fmt: skip
                 study = optuna.create_study(
                     storage=storage, study_name=self.name, load_if_exists=True,
                     directions=directions,
                 )  # fmt: skip
+        except RunError:
+            raise
         except Exception as error:  # whatever a database's driver makes of itself
             raise RunError(
                 f"the study at {_without_password(where)} does not answer: "
@@ -80,6 +85,16 @@ class Study:
                 "driver is installed"
             ) from error
         return study
+
+    def _forget(self, old: optuna.Study, asked: Mapping[str, Any]) -> None:
+        """Delete an earlier study of this task; another's stays, for a database may be shared."""
+        whose = old.user_attrs.get(_ASKED, {}).get("task")
+        if whose != asked.get("task") and old.get_trials(deepcopy=False):
+            raise RunError(
+                f"the study {self.name!r} is not of task {asked.get('task')!r} but of {whose!r}, "
+                "so it is not deleted; choose another --study"
+            )
+        optuna.delete_study(study_name=self.name, storage=old._storage)
 
     def _journal(self) -> JournalStorage:
         path = self.folder / "study.journal"
