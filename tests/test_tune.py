@@ -15,6 +15,7 @@ from taut.layers import pack_layer, packed_layers, run_dense
 from taut.packed import PackedWeight, Plain
 from taut.tune import run_chosen, tune
 from taut.types import Choice
+from taut.zoo import TransformerLanguageModel
 
 Make = Callable[[Tensor], PackedWeight]
 
@@ -287,3 +288,28 @@ def test_a_result_runs_as_it_was_measured(tmp_path: Any, trained: Any, task: Any
         expected = {n: "packed" if c.runs_packed else "dense" for n, c in chosen.items()}
         assert ways(result.model) == expected
     assert list(expected) == ["0", "3", "5"]
+
+
+class Talks(nn.Module):
+    """A step of a generation loop, which runs attention without calling it whole."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.net.step(token)[0]  # type: ignore[operator, no-any-return]
+
+
+@pytest.mark.parametrize("make", [slow, plain])
+def test_attention_that_keeps_keys_and_values_is_chosen_for(make: Make) -> None:
+    net = TransformerLanguageModel(20, 16, 2, 1, context=8).eval()
+    attention = net.blocks[0].attention
+    wanted, token = net.step(torch.tensor([[3]]))[0], torch.tensor([[3]])
+    for layer, name in ((attention.out_proj, "weight"), (attention, "in_proj_weight")):
+        pack_layer(layer, {name: make(getattr(layer, name).detach())})
+    (choice,) = tune(Talks(net), token)
+    assert choice.layer == "net.blocks.0.attention"
+    assert attention.runs_dense is not choice.runs_packed
+    assert choice.batch == 1
+    torch.testing.assert_close(net.step(token)[0], wanted)

@@ -278,14 +278,14 @@ class Statistics:
             x = given[0].detach().float().cpu()
             seen.append(x.reshape(-1, x.shape[-1]) if isinstance(layer, by_rows) else x)
             if sum(t.numel() for t in seen) >= most:
-                raise _Enough
+                raise _EnoughError
 
         probe = plain_copy(self._model)
         layer, by_rows = probe.get_submodule(path), (nn.Linear, nn.MultiheadAttention)
         hook = layer.register_forward_pre_hook(look, prepend=True)
         try:
             loss(probe)
-        except _Enough:  # the rest of the data would tell no more
+        except _EnoughError:  # the rest of the data would tell no more
             pass
         finally:
             hook.remove()
@@ -414,7 +414,7 @@ _MOST_BYTES = 2**30
 """Of the Fisher blocks that are gathered in one pass over the data."""
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Ends a forward that has been seen far enough."""
 
 
