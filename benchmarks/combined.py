@@ -194,7 +194,10 @@ def measure(options: argparse.Namespace) -> list[Figure]:
         kept = KEPT if not options.quick else options.json.parent if options.json else None
         if kept is not None:
             kept.mkdir(parents=True, exist_ok=True)
-            told = {"name": subject.name, "better": better, "points": [asdict(p) for p in points]}
+            told = {
+                "name": subject.name, "better": better, "most": subject.most,
+                "points": [asdict(p) for p in points],
+            }  # fmt: skip
             (kept / f"{subject.name.lower()}.json").write_text(json.dumps(told, indent=1) + "\n")
         figures += of(subject, points, better)
     return figures

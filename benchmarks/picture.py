@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -21,7 +21,15 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE / "combined"
-DOCS = HERE.parent / "docs"
+DOCS, README = HERE.parent / "docs", HERE.parent / "README.md"
+MARKS = re.compile(r"(<!-- picture -->\n).*?(<!-- /picture -->)", re.DOTALL)
+PICTURE = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="docs/combined-dark.svg">
+  <img alt="Score against bytes of the file, of three networks" src="docs/combined-light.svg">
+</picture>
+
+Every technique alone, all of them together, and others, after equally few steps of recovery
+(`python benchmarks/combined.py`): {said}."""
 NAMES = ("lenet-5", "lstm", "transformer")
 FAMILIES = {
     "fewer weights": ("prune_weights", "l0_gates", "variational_dropout"),
@@ -47,11 +55,16 @@ Spot = tuple[float, float]
 
 @dataclass(frozen=True)
 class Panel:
-    """One network's points and where they fall. worst: the lowest score that is shown."""
+    """One network's points and where they fall.
+
+    most: what may be lost of the score, in points or in per cent of perplexity. worst: the lowest
+    score that is shown.
+    """
 
     name: str
     points: list[dict[str, Any]]
     higher: bool
+    most: float
     left: float
     original: dict[str, Any] = field(init=False)
     best: float = field(init=False)
@@ -94,6 +107,16 @@ class Panel:
 
     def y(self, score: float) -> float:
         return TOP + (LOW - TOP) * (self.best - score) / (self.best - self.worst)
+
+    def said(self) -> str:
+        """How small a file is good enough."""
+        score, share = self.original["score"], self.most / 100
+        bound = score - share if self.higher else score * (1 + share)
+        kept = [p for p in self.shown("single", "combined") if self.loss(p["score"], bound) <= 0]
+        least = min((p["size_bytes"] for p in kept), default=self.original["size_bytes"])
+        lost = "points of accuracy" if self.higher else "% of perplexity"
+        ratio = self.original["size_bytes"] / least
+        return f"{self.name} {ratio:.3g} times smaller within {self.most:g} {lost}"
 
     def unbeaten(self, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """From small to large those that no smaller one beats."""
@@ -176,7 +199,8 @@ def panels(kept: Path = KEPT) -> list[Panel]:
     for number, name in enumerate(n for n in NAMES if (kept / f"{n}.json").is_file()):
         told = json.loads((kept / f"{name}.json").read_text(encoding="utf-8"))
         left = LEFT + number * (PANEL + GAP)
-        found.append(Panel(told["name"], told["points"], told["better"] == "higher", left))
+        higher = told["better"] == "higher"
+        found.append(Panel(told["name"], told["points"], higher, told["most"], left))
     return found
 
 
@@ -270,7 +294,16 @@ def _key(drawing: Drawing) -> None:
         x += 38 + 6.8 * len(name)
 
 
+def written(readme: str, found: Sequence[Panel]) -> str:
+    """The README with the picture, and what it says, between its marks; nothing without panels."""
+    block = ""
+    if found:
+        block = PICTURE.format(said=", ".join(p.said() for p in found)) + "\n"
+    return MARKS.sub(lambda m: f"{m[1]}{block}{m[2]}", readme)
+
+
 if __name__ == "__main__":
-    kept = Path(sys.argv[1]) if len(sys.argv) > 1 else KEPT
     for name, theme in THEMES.items():
-        (DOCS / f"combined-{name}.svg").write_text(drawn(panels(kept), theme), encoding="utf-8")
+        (DOCS / f"combined-{name}.svg").write_text(drawn(panels(), theme), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(written(text, panels()), encoding="utf-8")

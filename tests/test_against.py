@@ -68,7 +68,7 @@ def test_a_pruner_that_is_not_installed_stands_in_the_rows(monkeypatch):
     monkeypatch.setattr(pruning, "library", missing)
     (halved,) = pruning._coverage(QUICK)
     assert halved.ours == 3
-    assert "Torch-Pruning: 0; not zoo: lenet_5: ImportError: No module named" in halved.paper
+    assert "Torch-Pruning: 0; not LSTM: ImportError: No module named 'theirs'" in halved.paper
     (seconds,) = pruning._speed(QUICK)
     assert seconds.paper == "ImportError: No module named 'theirs'"
 

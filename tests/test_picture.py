@@ -36,10 +36,10 @@ POINTS = [
 
 @pytest.fixture
 def kept(tmp_path):
-    told = {"name": "LeNet-5", "better": "higher", "points": POINTS}
+    told = {"name": "LeNet-5", "better": "higher", "most": 0.5, "points": POINTS}
     (tmp_path / "lenet-5.json").write_text(json.dumps(told))
     rising = [{**p, "score": p["score"] and 3 / p["score"]} for p in POINTS]
-    told = {"name": "LSTM", "better": "lower", "points": rising}
+    told = {"name": "LSTM", "better": "lower", "most": 3, "points": rising}
     (tmp_path / "lstm.json").write_text(json.dumps(told))
     return tmp_path
 
@@ -96,10 +96,21 @@ def test_every_technique_has_its_hue():
     assert helpers.isdisjoint(hued)
 
 
+def test_what_is_said_of_it(kept):
+    lenet, lstm = picture.panels(kept)
+    assert lenet.said() == "LeNet-5 20 times smaller within 0.5 points of accuracy"
+    assert lstm.said() == "LSTM 20 times smaller within 3 % of perplexity"
+    before = "a\n<!-- picture -->\nold\n<!-- /picture -->\nb"
+    told = picture.written(before, [lenet, lstm])
+    assert "old" not in told
+    assert f"{lenet.said()}, {lstm.said()}.\n<!-- /picture -->\nb" in told
+    assert picture.written(told, []) == before.replace("old\n", "")
+
+
 def test_the_readmes_picture_is_that_of_the_records():
-    if not picture.KEPT.is_dir():
-        pytest.skip("benchmarks/combined.py was not run")
-    for name, theme in picture.THEMES.items():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- picture -->") == 1
+    assert picture.written(readme, picture.panels()) == readme
+    for name, theme in picture.THEMES.items() if picture.panels() else ():
         kept = (ROOT / "docs" / f"combined-{name}.svg").read_text(encoding="utf-8")
         assert picture.drawn(picture.panels(), theme) == kept
-        assert f"docs/combined-{name}.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
