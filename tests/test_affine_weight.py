@@ -70,6 +70,37 @@ def test_whole_numbers_are_multiplied_exactly(bits, per, zeros):
     assert affine((7, 50), bits, "group").matmul_int8(x, torch.tensor(1.0)) is None
 
 
+@pytest.mark.parametrize(("per", "zeros"), [("one", "middle"), ("row", "odd"), ("row", "each")])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 9), (9,)])
+def test_convolutions_multiply_whole_numbers(kernel, per, zeros):
+    weight = affine((7, 16, *kernel), 8, per, zeros)
+    x = torch.randint(-128, 128, (3, 16, 9, 11)).to(torch.int8)
+    window = (1,) * (2 - len(kernel)) + kernel
+    for step in (torch.tensor(0.25), torch.rand(3, 1, 1, 1)):
+        for how in (((1, 1), (0, 4), (1, 1)), ((2, 1), (1, 2), (1, 2)), ((1, 2), (2, 4), (2, 1))):
+            if x.shape[3] + 2 * how[1][1] <= how[2][1] * (window[1] - 1):
+                continue
+            found = weight.conv2d_int8(x, step, *how)
+            dense = exact(weight).reshape(7, 16, *window)
+            wanted = F.conv2d(x.double(), dense, None, *how) * step
+            torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-3)
+            code = StepCode(torch.tensor([0.25]), -128, 127)
+            ran = code.convolution(weight, x.float() * 0.25, *how, 1)
+            if step.dim() == 0:
+                assert torch.equal(ran, found)
+
+
+def test_narrow_windows_and_groups_are_multiplied_as_floats():
+    """Windows of few numbers are gathered faster as floats; those of groups are many matrices."""
+    x, how = torch.ones(1, 3, 8, 8, dtype=torch.int8), ((1, 1), (0, 0), (1, 1))
+    step = torch.tensor(1.0)
+    assert affine((7, 3, 3, 3), 8).conv2d_int8(x, step, *how) is None
+    wide = torch.ones(1, 32, 8, 8, dtype=torch.int8)
+    assert affine((8, 16, 3, 3), 8).conv2d_int8(wide, step, *how, 2) is None
+    assert affine((8, 32, 3, 3), 8, "group").conv2d_int8(wide, step, *how) is None
+    assert affine((8, 32, 3, 3), 8).conv2d_int8(wide, step, *how) is not None
+
+
 def test_what_the_exact_product_is_given_fits_into_bytes():
     weight = affine((7, 50), 8, "row", "each")
     table = weight._numbers()

@@ -188,6 +188,20 @@ def test_variational_bayes_finds_the_planted_rank(task):
     assert edits.of(net)[0].ranks == [5]
 
 
+def test_a_layer_of_noise_alone_stays_whole(task, caplog):
+    """Variational Bayes finds nothing in a random start, which does not mean that it can go."""
+    caplog.set_level("INFO", "taut")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 60), nn.ReLU(), nn.Linear(60, 48), nn.Linear(48, 10))
+    with torch.no_grad():
+        net[0].weight.copy_(normal(60, 64))
+        net[2].weight.copy_(normal(48, 3) @ normal(3, 60, seed=1) + 0.1 * normal(48, 60, seed=2))
+    made = taut.apply(clone(net), LowRank(rank="vbmf", only="0, 2"), task)
+    assert type(made[0]) is nn.Linear
+    assert made[2][0].out_features == 3
+    assert "0 stays as it is: no rank stands out of the noise, or it takes no fewer" in caplog.text
+
+
 def test_an_embedding_becomes_a_narrow_one_and_a_layer():
     table = nn.Embedding(30, 8, padding_idx=0)
     net = nn.Sequential(table, nn.Flatten(), nn.Linear(32, 3))

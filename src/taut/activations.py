@@ -156,10 +156,10 @@ class InputCode(PackedWeight):
         """The code as products of bits read it; None where it has too many levels."""
         return None
 
-    def whole(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x as int8 numbers and the step of one of them (a scalar, or [..., 1] for each row).
+    def whole(self, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor] | None:
+        """x as int8 numbers and the step of one of them (a scalar, or one for each row, or image).
 
-        None where they do not fit into int8.
+        dim: where its channels stand, 1 or -1. None where the numbers do not fit into int8.
         """
         return None
 
@@ -180,6 +180,8 @@ class InputCode(PackedWeight):
         y = None
         if levels is not None:
             y = weight.conv2d_levels(x, levels, stride, padding, dilation, groups)
+        if y is None and (numbers := self.whole(x, 1)) is not None:
+            y = weight.conv2d_int8(*numbers, stride, padding, dilation, groups)
         if y is not None:
             return y.to(x.dtype)
         return weight.conv2d(self.rounded(x, 1), stride, padding, dilation, groups)
@@ -270,10 +272,10 @@ class StepCode(InputCode):
             offset=step * (self.low + self.high) / 2,
         )
 
-    def whole(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def whole(self, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor] | None:
         if self.high > 127:
             return None
-        step = self.steps(x).to(x.device)
+        step = self.steps(x, dim).to(x.device)
         return nearest_step(x.float(), step, self.low, self.high).to(torch.int8), step
 
 

@@ -10,17 +10,19 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from taut.coding import Coder
 from taut.errors import FormatError
 from taut.indexed_weight import IndexedWeight
 from taut.kernels import BitWeights, Levels, bitplane_conv2d, bitplane_matmul, lookup_matmul
-from taut.kernels.lookup import lookup_lstm, lookup_matmul_int8, unpack_indices
+from taut.kernels.lookup import lookup_lstm, lookup_matmul_int8, pack_indices, unpack_indices
 from taut.packed import Meta, PackedWeight, Pair, ReadChild, register_format
 
 _MOST_PLANES = 4  # beyond it whole numbers are multiplied faster than bits are counted
 _GROUP = 128  # columns of which lookup_matmul takes multiples
 _EXACT = 131_071  # columns that lookup_matmul_int8 takes
+_NARROW = 128  # columns below which windows of int8 take longer than those of floats
 
 
 @register_format("affine.v1")
@@ -41,6 +43,7 @@ class AffineWeight(IndexedWeight):
         self.register_buffer("zeros", zeros.detach().to("cpu", torch.int16).clone())
         self._tables: Tensor | None = None
         self._planes: dict[int, BitWeights] = {}
+        self._inputs_last: Tensor | None = None
 
     @property
     def single(self) -> bool:
@@ -129,11 +132,31 @@ class AffineWeight(IndexedWeight):
     def matmul_int8(self, x: Tensor, step: Tensor) -> Tensor | None:
         if not (self.single or self.by_row) or x.shape[-1] > _EXACT:
             return None
+        return self._whole_product(x, self.codes) * step
+
+    def _whole_product(self, x: Tensor, codes: Tensor) -> Tensor:
+        """x [..., in] int8 → [..., out] float32, in steps of x; codes: in the order of x."""
         ones = torch.ones(self.shape[0], device=x.device)
         table = self._numbers().to(torch.int8)[None]
-        y = lookup_matmul_int8(x, self.codes, table, ones, self.bits)
-        scaled: Tensor = self._scaled(y, x) * step
-        return scaled
+        return self._scaled(lookup_matmul_int8(x, codes, table, ones, self.bits), x)
+
+    def conv2d_int8(
+        self, x: Tensor, step: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+    ) -> Tensor | None:
+        """Windows whose inputs stand last, so that a row of a window is copied at once."""
+        columns = math.prod(self.shape[1:])
+        if groups > 1 or not (self.single or self.by_row) or not _NARROW <= columns <= _EXACT:
+            return None
+        kernel = (*(1,) * (4 - len(self.shape)), *self.shape[2:])
+        if self._inputs_last is None:
+            index = self.index.reshape(*self.shape[:2], -1).transpose(1, 2).flatten(1)
+            self._inputs_last = pack_indices(index.contiguous(), self.bits)
+        high, wide = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+        seen = F.pad(x, (padding[1], padding[1], padding[0], padding[0])).permute(0, 2, 3, 1)
+        seen = seen.contiguous().unfold(1, high, stride[0])[..., :: dilation[0]]
+        seen = seen.unfold(2, wide, stride[1])[..., :: dilation[1]]  # [n, y, x, in, *kernel]
+        rows = seen.permute(0, 1, 2, 4, 5, 3).flatten(3)
+        return self._whole_product(rows, self._inputs_last).permute(0, 3, 1, 2) * step
 
     def _numbers(self) -> Tensor:
         """n − 2**(bits − 1), which an int8 holds whatever the zero is."""
@@ -218,5 +241,5 @@ class AffineWeight(IndexedWeight):
 
     def forget(self) -> None:
         super().forget()
-        self._tables = None
+        self._tables = self._inputs_last = None
         self._planes.clear()

@@ -119,7 +119,7 @@ def composed(kind: str, weights: Sequence[Tensor]) -> Tensor:
 def ranks_of(
     kind: str, weight: Tensor, rule: str, energy: float, ratio: float, root: Tensor | None = None
 ) -> list[int]:
-    """Ranks by a rule of `ranks.RULES`; of cp, by no vbmf. [] where none keeps to the ratio.
+    """Ranks by a rule of `ranks.RULES`; of cp, by no vbmf. [] where none keeps to it.
 
     tucker keeps the energy in each of its two unfoldings, and by ratio the same share of both
     channels; cp tries ranks out until one keeps the energy.
@@ -133,7 +133,8 @@ def ranks_of(
     seen = _unfoldings(kind, weight, root if rule == "energy" else None)
     if rule == "energy":
         return [rank_of_energy(torch.linalg.svdvals(m), energy) for m in seen]
-    return [rank_of_signal(torch.linalg.svdvals(m), (m.shape[0], m.shape[1])) for m in seen]
+    ranks = [rank_of_signal(torch.linalg.svdvals(m), (m.shape[0], m.shape[1])) for m in seen]
+    return ranks if all(ranks) else []
 
 
 def _within(kind: str, shape: Shape, numbers: float) -> list[int]:

@@ -103,6 +103,15 @@ class PackedWeight(nn.Module, ABC):
         """
         return None
 
+    def conv2d_int8(
+        self, x: Tensor, step: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+    ) -> Tensor | None:
+        """For a convolution: x [n, in, height, width] int8, step a scalar or [n, 1, 1, 1].
+
+        None, too, where rounded floats are multiplied faster.
+        """
+        return None
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, for embeddings: index [...] → [..., *shape[1:]]."""
         return self.dense()[index]

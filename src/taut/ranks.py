@@ -168,7 +168,7 @@ def _row_root(products: Sequence[Product], rows: int, columns: int) -> Tensor | 
 
 
 def rank_of(matrix: Matrix, rule: str, energy: float, ratio: float) -> int:
-    """A rank by one of `RULES`; 0 where not even a rank of 1 keeps to the ratio."""
+    """A rank by one of `RULES`; 0 where none keeps to the ratio, or nothing stands out of noise."""
     out, columns = matrix.weight.shape
     if rule == "ratio":
         return int(ratio * out * columns / (out + columns))
@@ -193,11 +193,11 @@ def rank_of_signal(values: Tensor, shape: tuple[int, int]) -> int:
     alike in all its entries. With L ≤ M the sides, q = L / M, t = 2.5129 √q and
     x = (1 + t) (1 + q / t), a value counts where s² > M v x; v, the variance of the noise, is
     where the free energy of `_free_energy` is least, between the paper's bounds, found on a grid
-    that is refined. At least 1.
+    that is refined. 0 where nothing stands out: of weights that have hardly left their random start
+    that is so, and it does not mean that they can go.
 
     Nakajima, Sugiyama, Babacan, Tomioka: Global analytic solution of fully-observed variational
-    Bayesian matrix factorization (JMLR 2013). Where we differ: they find v by a line search, and
-    a matrix without signal has rank 0 there.
+    Bayesian matrix factorization (JMLR 2013). Where we differ: they find v by a line search.
     """
     small, large = sorted(shape)
     alpha = small / large
@@ -205,7 +205,7 @@ def rank_of_signal(values: Tensor, shape: tuple[int, int]) -> int:
     above = (1 + tau) * (1 + alpha / tau)
     s2 = values.double().square()[:small]
     if not float(s2.sum()) > 0:
-        return 1
+        return 0
     s2 = s2.clamp(min=1e-30 * float(s2[0]))  # the energy takes its logarithm
     most = max(min(math.ceil(small / (1 + alpha)) - 1, small - 1), 0)
     upper = float(s2.sum()) / (small * large)
@@ -218,7 +218,7 @@ def rank_of_signal(values: Tensor, shape: tuple[int, int]) -> int:
         ends = logs[max(best - 1, 0)], logs[min(best + 1, len(logs) - 1)]
         logs = torch.linspace(float(ends[0]), float(ends[1]), 50, dtype=torch.float64)
     noise = float(logs[len(logs) // 2].exp())
-    return max(1, int((s2 > large * noise * above).sum()))
+    return int((s2 > large * noise * above).sum())
 
 
 def _free_energy(noise: float, s2: Tensor, large: int, alpha: float, above: float) -> Tensor:

@@ -119,6 +119,14 @@ class TiedWeight(PackedWeight):
         y = self.book.matmul_int8(x, step) if self._filters else None
         return None if y is None else self._spread(y, -1)
 
+    def conv2d_int8(
+        self, x: Tensor, step: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+    ) -> Tensor | None:
+        if groups > 1 or not self._filters:
+            return None
+        y = self.book.conv2d_int8(x, step, stride, padding, dilation)
+        return None if y is None else self._spread(y, 1)
+
     def rows(self, index: Tensor) -> Tensor:
         if not self._filters:
             return super().rows(index)

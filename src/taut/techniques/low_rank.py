@@ -101,6 +101,8 @@ class LowRank(Reshaping):
                 found.append((layer.change(ranks), layer.parts(ranks, seen)))
             else:
                 why = "a rank that would do takes no fewer numbers"
+                if self.rank == "vbmf":
+                    why = "no rank stands out of the noise, or it takes no fewer numbers"
                 why = "the budget leaves it whole" if self.rank in BUDGETS else why
                 _log.info("low_rank: %s stays as it is: %s", layer.path or "the layer", why)
         if not found:
