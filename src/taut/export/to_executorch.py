@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -33,10 +34,10 @@ def write(job: Job, path: Path) -> None:
             f"export: files for ExecuTorch hold float32, got precision={job.precision!r}; leave it "
             "out, or use to='onnx'"
         )
-    rounding = {torch.ops.taut.round_input.default: _round_input}
+    rounding: Any = {torch.ops.taut.round_input.default: _round_input}
     try:
         with _quietly():
-            program = job.program.run_decompositions(rounding)  # type: ignore[arg-type]
+            program = job.program.run_decompositions(rounding)
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             lowered = edge.to_executorch()
     except Exception as error:  # whatever its passes make of a network
