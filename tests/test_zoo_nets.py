@@ -140,13 +140,32 @@ def test_work_is_the_published_one(name, options, millions):
     assert macs == pytest.approx(1e6 * millions, rel=0.01)
 
 
-def test_published_work_that_counts_more_than_multiplications_of_weights():
-    """DenseNet-121's 2.87G hold two operations for each value normed; ShuffleNetV2's a few more."""
-    macs, normed = work(blank("densenet_121"), images(1, 3, 224, 224))
-    assert macs + 2 * normed == pytest.approx(2.87e9, rel=0.002)
-    for width, millions in ((0.5, 41), (1.5, 299), (2, 591)):
-        macs, normed = work(blank("shufflenet_v2", width=width), images(1, 3, 224, 224))
-        assert macs < 1e6 * millions < 1.01 * (macs + 2 * normed)
+@pytest.mark.parametrize(
+    ("name", "options", "millions"),
+    [
+        ("densenet_121", {}, 2870),
+        *(
+            ("shufflenet_v2", {"width": w}, n)
+            for w, n in ((0.5, 41), (1, 146), (1.5, 299), (2, 591))
+        ),
+    ],
+)
+def test_published_work_that_counts_more_than_multiplications_of_weights(name, options, millions):
+    """These figures lie 0.7 to 1.3 % above the weights' own multiply-accumulates.
+
+    One operation more for each value that a ReLU gives, and all five are within 1 %; for DenseNet,
+    two for each value normed come nearer still. Taut's own count, as everywhere, is the weights'.
+    """
+    net = blank(name, **options)
+    rectified = []
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda _module, _, y: rectified.append(y.numel()))
+    macs, normed = work(net, images(1, 3, 224, 224))
+    assert macs < 0.993 * 1e6 * millions
+    assert macs + sum(rectified) == pytest.approx(1e6 * millions, rel=0.01)
+    if name == "densenet_121":
+        assert macs + 2 * normed == pytest.approx(2.87e9, rel=0.002)
 
 
 @pytest.mark.parametrize("name", zoo.names())

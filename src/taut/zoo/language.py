@@ -4,7 +4,7 @@ They take [n, steps] int64 and give [n, vocabulary, steps]: the classes stand in
 cross-entropy, the default loss of a Task, wants them for targets [n, steps].
 """
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from taut.errors import ZooError
 from taut.zoo.registry import Rule, architecture
 
 
-class LstmLanguageModel(nn.Module):
-    """An embedding, an LSTM, and a layer over its states (Zaremba, Sutskever, Vinyals 2014).
+class _Recurrent(nn.Module):
+    """An embedding, a recurrent stack under the name of its kind, and a layer over its states.
 
     [n, steps] → [n, vocabulary, steps]. Parameters: vocabulary · (embedding + hidden + 1), and
-    4 · hidden · (inputs + hidden + 2) for each layer of the LSTM; 64 · 321 + 329,728 = 350,272
-    for 64 tokens and the defaults.
+    gates · hidden · (inputs + hidden + 2) for each layer of the stack.
     """
+
+    kind: ClassVar[type[nn.LSTM | nn.GRU]]
 
     def __init__(
         self, vocabulary: int, embedding: int = 64, hidden: int = 256, layers: int = 1,
@@ -29,57 +30,39 @@ class LstmLanguageModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
-        self.lstm = nn.LSTM(
-            embedding, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0
-        )
+        between = dropout if layers > 1 else 0.0
+        stack = self.kind(embedding, hidden, layers, batch_first=True, dropout=between)
+        self.add_module(self.kind.__name__.lower(), stack)
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.step(tokens)[0]
 
-    def step(
-        self, tokens: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def step(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The scores and the state after the tokens, from the state before them: to generate.
 
-        Raises ZooError for no tokens.
+        state: as the stack's own. Raises ZooError for no tokens.
         """
         _check_steps(tokens)
-        states, state = self.lstm(self.drop(self.embedding(tokens)), state)
-        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2), cast(Any, state)
+        stack = self.get_submodule(self.kind.__name__.lower())
+        states, state = stack(self.drop(self.embedding(tokens)), state)
+        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2), state
 
 
-class GruLanguageModel(nn.Module):
-    """An embedding, a GRU, and a layer over its states (Cho et al. 2014).
+class LstmLanguageModel(_Recurrent):
+    """Its stack, `lstm`, has 4 gates (Zaremba, Sutskever, Vinyals 2014).
 
-    [n, steps] → [n, vocabulary, steps]. Parameters: vocabulary · (embedding + hidden + 1), and
-    3 · hidden · (inputs + hidden + 2) for each layer of the GRU.
+    64 · 321 + 329,728 = 350,272 parameters for 64 tokens and the defaults.
     """
 
-    def __init__(
-        self, vocabulary: int, embedding: int = 64, hidden: int = 256, layers: int = 1,
-        dropout: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, embedding)
-        self.gru = nn.GRU(
-            embedding, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0
-        )
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(hidden, vocabulary)
+    kind = nn.LSTM
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.step(tokens)[0]
 
-    def step(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The scores and the state after the tokens, from the state before them: to generate.
+class GruLanguageModel(_Recurrent):
+    """Its stack, `gru`, has 3 gates (Cho et al. 2014)."""
 
-        Raises ZooError for no tokens.
-        """
-        _check_steps(tokens)
-        states, state = self.gru(self.drop(self.embedding(tokens)), state)
-        return cast(Tensor, self.head(self.drop(states))).transpose(1, 2), cast(Any, state)
+    kind = nn.GRU
 
 
 class TransformerLanguageModel(nn.Module):
