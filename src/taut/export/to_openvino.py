@@ -51,6 +51,7 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
     }
     if precision != "auto":
         options["INFERENCE_PRECISION_HINT"] = _HINTS[precision]
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # else what 4-bit weights meet is rounded
     try:
         compiled = _core(path).compile_model(path, "CPU", options)
     except RuntimeError as error:
