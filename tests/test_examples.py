@@ -218,6 +218,14 @@ def test_benchmarks_pass_quickly_and_their_check_can_fail(script, tmp_path):
 
 
 @pytest.mark.usefixtures("digits", "clothes")
+def test_the_benchmark_of_searching_to_a_budget_passes_quickly(tmp_path):
+    record = tmp_path / "record.json"
+    run("benchmarks/search.py", "--quick", "--only", "scale", "--json", str(record), cwd=ROOT)
+    seconds, size = json.loads(record.read_text())["figures"]
+    assert seconds["name"] == "frontier and report of 200 candidates"
+    assert 0 < size["ours"] < 6
+
+
 def test_the_searches_benchmark_passes_quickly(tmp_path):
     record = tmp_path / "record.json"
     passed("papers/search_pruning.py", "--json", record)

@@ -57,9 +57,17 @@ class Ground:
     @cached_property
     def calibration(self) -> CalibrationLoss:
         """The loss on the same few examples in every trial, however the data are shuffled."""
+        return self._calibration(1024)
+
+    @cached_property
+    def glance(self) -> CalibrationLoss:
+        """The loss on very few examples: enough to predict what a reshaped network will take."""
+        return self._calibration(128)
+
+    def _calibration(self, examples: int) -> CalibrationLoss:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self.task.calibration_loss()
+            return self.task.calibration_loss(examples)
 
     def sensitivity(self) -> dict[str, Any]:
         """The curves that were scanned, as JSON, in which infinity is None."""

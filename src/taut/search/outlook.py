@@ -34,9 +34,9 @@ class Outlook:
     """Predictions for one network and goal.
 
     Work that a goal bounds is predicted from each weight's share of zeros, which techniques give
-    to each site by its sensitivity; recipes that reshape are predicted on a reshaped copy. The
-    sensitivities of a reshaped copy are only scanned where MACs are bounded: bytes and parameters
-    hardly depend on where the zeros are.
+    to each site by its sensitivity; recipes that reshape are predicted on a reshaped copy, by a
+    glance at the data. The sensitivities of such a copy are only scanned where MACs are bounded:
+    bytes and parameters hardly depend on where the zeros are.
     """
 
     def __init__(self, ground: Ground, original: Measurement, goal: Goal) -> None:
@@ -51,13 +51,15 @@ class Outlook:
         check(recipe, self.trace)
         model, traced, statistics = self.model, self.trace, self.statistics
         reshapes = [s for s in recipe.steps if isinstance(s, Reshaping)]
+        if reshapes:
+            statistics = Statistics(model, self.ground.glance, traced)
         for step in reshapes:
             if model is self.model:
                 model = clone(model)
             model = step.reshape(model, traced, statistics)
             traced = trace(model, self.task.example())
             exact = self.goal.bound("macs") is not None
-            statistics = (Statistics if exact else _Even)(model, self.ground.calibration, traced)
+            statistics = (Statistics if exact else _Even)(model, self.ground.glance, traced)
         rest = Recipe(tuple(s for s in recipe.steps if s not in reshapes))
         if reshapes:
             check(rest, traced)

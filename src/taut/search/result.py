@@ -78,7 +78,7 @@ class SearchResult(Result):
         best = (min if bound.relation == "<=" else max)(self.candidates, key=reached)
         if not bound.holds(best.measurement, self.original):
             if reached(best) == reached(self.candidate):
-                return "no candidate comes nearer"
+                return "no candidate does, and none comes nearer"
             return f"no candidate does, the best reaches {reached(best):,.6g} by {best.recipe}"
         assert self.goal is not None
         missed = [b.text for b in self.goal.bounds if not b.holds(best.measurement, self.original)]
