@@ -36,7 +36,7 @@ def write(job: Job, path: Path) -> None:
     rounding = {torch.ops.taut.round_input.default: _round_input}
     try:
         with _quietly():
-            program = job.program.run_decompositions(rounding)  # type: ignore[arg-type]
+            program = job.program.run_decompositions(rounding)
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             lowered = edge.to_executorch()
     except Exception as error:  # whatever its passes make of a network
