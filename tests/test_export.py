@@ -383,8 +383,8 @@ def test_what_may_differ_follows_from_what_the_rounding_costs(quantized):
     assert 0.001 < cost < 0.02
     samples = [((IMAGES[:2],), {})]
     most = check.allowed(packed, samples, "float32")
-    assert most == pytest.approx(1e-3 + 2 * cost)
-    assert found.agreement.allowed < 0.05
+    assert most == pytest.approx(1e-3 + 4 * cost)
+    assert found.agreement.error < found.agreement.allowed < 0.08
     assert check.allowed(a_digits_net(), samples, "bfloat16") == check.EXACT["bfloat16"]
     coarse = taut.apply(a_digits_net(), "quantize(bits=2, activations=2)", a_task(IMAGES))
     assert check.allowed(packed_copy(coarse), samples, "float32") <= 1e-3 + check.MOST_COARSE

@@ -39,6 +39,24 @@ def test_the_fastest_answers_like_the_network(net, capsys):
     assert "no packed layers" in printed
 
 
+def test_other_batches_than_were_timed_run_too(net):
+    found = fastest(net, X, engines=("onnx",), threads=1, seconds=0.01, show=False)
+    for x in (X, X[:1], X.repeat(2, 1)):
+        torch.testing.assert_close(found(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_whole_numbers_between_layers_where_the_task_is_given(net, task, monkeypatch):
+    asked = []
+
+    def refuse(packed, path, given, *, task, dynamic_batch):
+        asked.append((task, dynamic_batch))
+        raise ExportError("not today")
+
+    monkeypatch.setattr(MODULE, "export", refuse)
+    race(net, X, engines=("onnx",), task=task)
+    assert asked == [(task, False)]
+
+
 def test_answers_that_are_off_take_no_part(net, monkeypatch):
     monkeypatch.setattr(MODULE, "difference", lambda found, wanted: (9.0, 0.7))
     with pytest.raises(ExportError, match=r"no engine runs .*eager: its answers are off by 70.0%"):
