@@ -66,11 +66,16 @@ class Operation:
         """Scale, shift and the arrays, each from a multiple of 64 bytes on: [n] uint8."""
         scale = torch.ones(self.out) if self.scale is None else self.scale.float()
         shift = torch.zeros(self.out) if self.bias is None else self.bias.float()
-        parts = []
-        for array in (scale, shift, *self.arrays):
-            flat = array.detach().cpu().contiguous().flatten().view(torch.uint8)
-            parts += [flat, flat.new_zeros(-len(flat) % _ALIGNED)]
-        return torch.cat(parts)
+        return joined(scale, shift, *self.arrays)
+
+
+def joined(*arrays: Tensor) -> Tensor:
+    """Arrays one after the other, each from a multiple of 64 bytes on: [n] uint8."""
+    parts = []
+    for array in arrays:
+        flat = array.detach().cpu().contiguous().flatten().view(torch.uint8)
+        parts += [flat, flat.new_zeros(-len(flat) % _ALIGNED)]
+    return torch.cat(parts)
 
 
 def operation_of(layer: nn.Module) -> Operation | None:
@@ -167,7 +172,7 @@ def _planes(bits: BitWeights, levels: Levels | None) -> tuple[Numbers, tuple[Ten
     numbers |= {
         "input_planes": len(levels.scale), "levels": len(levels.pattern),
         "per_channel": int(levels.thresholds.shape[1] != 1), "offset": levels.offset,
-        "pad": levels.pad - levels.lowest,
+        "pad": levels.pad - levels.lowest, "signs": 0,
     }  # fmt: skip
     return numbers, (*arrays, levels.scale, levels.thresholds, levels.pattern)
 

@@ -4,7 +4,8 @@
 
 What follows an operation goes into it: batch norms into its scale and shift, and where nothing
 else reads what lies between, the sum of a residual block and ReLU. Binary convolutions read and
-write their channels last, so that chains of them never turn an image round.
+write their channels last, so that chains of them never turn an image round. Where one reads what
+another gives, and cuts it in two, it is given the signs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from onnxscript import ir
 
-from taut.engine_ops import DOMAIN
+from taut.engine_ops import DOMAIN, joined
 
+_ALIGNED = 64  # bytes, where each array of a constant begins
 _LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # permutations to channels last, and back
 
 
@@ -35,6 +38,8 @@ def fuse(model: ir.Model) -> None:
         if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
             _replace(graph, node.outputs[0], maker.inputs[0])
     graph.sort()
+    for node in [n for n in graph if n.domain == DOMAIN]:  # givers before takers
+        _hand_signs(graph, node)
     _drop_unused(graph)
 
 
@@ -128,27 +133,72 @@ def _take_sum(
     return True
 
 
+def _hand_signs(graph: Any, node: Any) -> None:
+    """Give those who cut what a product of bits gives in two, all alike, its signs instead."""
+    if "signs" not in node.attributes:
+        return
+    out, count = node.outputs[0], int(node.attributes["out"].as_int())
+    cuts = [(user, at, _cut(user, count)) for user, at in out.uses()]
+    first = next((c for _, at, c in cuts if at == 0 and c is not None), None)
+    if first is None or out.is_graph_output():
+        return
+    takers = [user for user, at, c in cuts if at == 0 and c is not None and (c == first).all()]
+    only = len(takers) == len(cuts)
+    _replace_constant(graph, node, joined(torch.from_numpy(_raw(node)), torch.from_numpy(first)))
+    node.attributes["signs"] = ir.AttrInt64("signs", 2 if only else 1)
+    if not only:
+        node.resize_outputs(2)
+    signs = node.outputs[-1]
+    signs.name = f"{out.name}.signs"
+    signs.shape, signs.type = out.shape, ir.TensorType(ir.DataType.UINT8)
+    for user in takers:
+        user.replace_input_with(0, signs)
+
+
+def _cut(node: Any, channels: int) -> Any:
+    """The threshold by which a product of bits cuts each channel that it reads in two, if so."""
+    if node.domain != DOMAIN or "signs" not in node.attributes:
+        return None
+    number = {k: node.attributes[k].as_int() for k in ("input_planes", "levels", "per_channel")}
+    if (number["input_planes"], number["levels"]) != (1, 2):
+        return None
+    raw = _raw(node)
+    many = channels if number["per_channel"] else 1
+    at = len(raw) - _ALIGNED - -(-4 * many // _ALIGNED) * _ALIGNED  # thresholds, then the pattern
+    if list(raw[-_ALIGNED:][:2]) != [0, 1]:
+        return None
+    return np.broadcast_to(raw[at : at + 4 * many].view("<f4"), channels).copy()
+
+
+def _raw(node: Any) -> Any:
+    return node.inputs[1].const_value.numpy()
+
+
 def _ends(node: Any) -> tuple[Any, Any]:
     """The scale and the shift with which the constant of an operation begins."""
-    raw = node.inputs[1].const_value.numpy()
+    raw = _raw(node)
     out = int(node.attributes["out"].as_int())
-    each = -(-out * 4 // 64) * 64
+    each = -(-out * 4 // _ALIGNED) * _ALIGNED
     return tuple(raw[at : at + 4 * out].view("<f4").astype(np.float64) for at in (0, each))
 
 
 def _rewrite(graph: Any, node: Any, scale: Any, shift: Any) -> None:
-    old = node.inputs[1]
-    raw = old.const_value.numpy().copy()
-    each = -(-len(scale) * 4 // 64) * 64
+    raw = _raw(node).copy()
+    each = -(-len(scale) * 4 // _ALIGNED) * _ALIGNED
     for at, values in ((0, scale), (each, shift)):
         raw[at : at + 4 * len(values)] = values.astype("<f4").view(np.uint8)
+    _replace_constant(graph, node, raw)
+
+
+def _replace_constant(graph: Any, node: Any, raw: Any) -> None:
+    old = node.inputs[1]
     name = old.name
     if len(list(old.uses())) > 1:  # the layer stands at several places
         name = f"{name}.{node.name}"
     else:
         node.replace_input_with(1, None)
         del graph.initializers[name]
-    tensor = ir.tensor(raw, name=name)
+    tensor = ir.tensor(np.asarray(raw), name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(raw.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

@@ -40,8 +40,10 @@ struct Image {
 
 struct Bitplanes {
   // Activations: floats that are told apart by levels, or int8 (x8), whose planes are their bits.
+  // Or they are signs already, a byte each, 1 where the bit is set: [count, height, width, channels].
   const float* x;
   const int8_t* x8;
+  const uint8_t* x_signs;
   Image image;
   Levels levels;
   const float* x_scale;     // [planes of x]
@@ -55,7 +57,7 @@ struct Bitplanes {
   int64_t out, groups;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t out_h, out_w;
-  float* y;                 // [count, out_h, out_w, out]
+  float* y;                 // [count, out_h, out_w, out]; null where only its signs are wanted
 
   // What follows the product, for engines that have it done in the same pass:
   //     y = max(after_scale[o] · y + after_shift[o] + beside, 0)
@@ -63,6 +65,10 @@ struct Bitplanes {
   const float* after_shift;  // [out]
   const float* beside;       // like y, or null
   bool rectify;              // whether what is below zero becomes zero
+
+  // And the signs that the next layer reads: y_signs[…, o] = y[…, o] ≥ y_thresholds[o], a byte each.
+  uint8_t* y_signs;           // like y, or null
+  const float* y_thresholds;  // [out]
 };
 
 using BitplaneMatmul = void (*)(const Bitplanes&, const Parallel&);

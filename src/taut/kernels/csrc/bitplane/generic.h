@@ -106,13 +106,81 @@ inline F16 pad_taps(const taut::Bitplanes& op, const Geometry& g, const Place& p
   return y + F16::all(op.pad) * sum;
 }
 
-// Sixteen outputs of a pixel as they are stored, from output o on; the first `valid` exist.
-inline F16 finished(const taut::Bitplanes& op, F16 y, int64_t o, const float* beside,
-                    int64_t valid) {
-  if (valid <= 0) return y;
-  y = y * F16::load_some(op.after_scale + o, valid) + F16::load_some(op.after_shift + o, valid);
-  if (beside != nullptr) y = y + F16::load_some(beside, valid);
-  return op.rectify ? select(uint16_t(at_least(y, F16::zero())), y, F16::zero()) : y;
+// Sixteen bits as as many bytes, 1 where set.
+inline void store_signs(uint32_t bits, uint8_t* to, int64_t valid) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m128i bytes = _mm_maskz_set1_epi8(__mmask16(bits), 1);
+  if (valid >= 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  } else {
+    _mm_mask_storeu_epi8(to, first_lanes(valid), bytes);
+  }
+#else
+  uint8_t bytes[16];
+  for (int half = 0; half < 2; ++half) {
+    const uint64_t spread = (bits >> (8 * half) & 0xff) * 0x8040201008040201u;  // bit i to byte 7 - i
+    const uint64_t each = __builtin_bswap64(spread >> 7 & 0x0101010101010101u);
+    std::memcpy(bytes + 8 * half, &each, 8);
+  }
+  std::memcpy(to, bytes, size_t(valid >= 16 ? 16 : valid));
+#endif
+}
+
+// What follows the product for some sixteens of outputs, the same for all pixels.
+template <int Strips>
+struct Ends {
+  F16 scale[Strips], shift[Strips], threshold[Strips];
+  int64_t first;  // output
+  int64_t valid;  // outputs that there are from it on
+
+  Ends(const taut::Bitplanes& op, const Geometry& g, int64_t group, int64_t strip)
+      : first(group * g.outputs + strip * 16), valid(g.outputs - strip * 16) {
+    for (int s = 0; s < Strips; ++s) {
+      const int64_t o = first + 16 * s, some = valid - 16 * s;
+      if (op.after_scale != nullptr && some > 0) {
+        scale[s] = F16::load_some(op.after_scale + o, some);
+        shift[s] = F16::load_some(op.after_shift + o, some);
+      }
+      if (op.y_signs != nullptr && some > 0) {
+        threshold[s] = F16::load_some(op.y_thresholds + o, some);
+      }
+    }
+  }
+};
+
+// The outputs of a pixel, put right at the border, finished and stored.
+template <int Strips>
+inline void put_pixel(const taut::Bitplanes& op, const Geometry& g, const Ends<Strips>& ends,
+                      const Place& place, int64_t pixel, int64_t group, int64_t strip,
+                      F16 (&y)[Strips]) {
+  if (op.pad != 0 && g.on_border(place)) {
+    for (int s = 0; s < Strips; ++s) {
+      const float* sums = op.tap_sums + (group * g.strips + strip + s) * 16;
+      y[s] = pad_taps(op, g, place, sums, y[s]);
+    }
+  }
+  const int64_t at = pixel * op.out + ends.first;
+  for (int s = 0; s < Strips; ++s) {
+    const int64_t valid = ends.valid - 16 * s;
+    if (valid <= 0) break;
+    if (op.after_scale != nullptr) {
+      y[s] = y[s] * ends.scale[s] + ends.shift[s];
+      if (op.beside != nullptr) {
+        const float* beside = op.beside + at + 16 * s;
+        y[s] = y[s] + (valid >= 16 ? F16::load(beside) : F16::load_some(beside, valid));
+      }
+      if (op.rectify) y[s] = select(uint16_t(at_least(y[s], F16::zero())), y[s], F16::zero());
+    }
+    if (op.y_signs != nullptr) {
+      store_signs(at_least(y[s], ends.threshold[s]), op.y_signs + at + 16 * s, valid);
+    }
+    if (op.y == nullptr) continue;
+    if (valid >= 16) {
+      y[s].store(op.y + at + 16 * s);
+    } else {
+      y[s].store_some(op.y + at + 16 * s, valid);
+    }
+  }
 }
 
 // Pixels from `place` on, which moves past them, times `Strips` sixteens of outputs.
@@ -120,45 +188,17 @@ template <int Pixels, int Strips>
 void block(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x, const int64_t* step_at,
            Place& place, int64_t pixel, int64_t group, int64_t strip) {
   const uint64_t* windows[Pixels];
-  const Place first = place;
-  bool at_border = false;
+  Place at = place;
   for (int j = 0; j < Pixels; ++j) {
     windows[j] = x + place.n * g.image + place.h * op.stride_h * g.row +
                  place.w * op.stride_w * g.pixel + group * op.levels.planes * g.words;
-    at_border |= g.on_border(place);
     place.next(op);
   }
   F16 y[Pixels][Strips];
   count_block<Pixels, Strips>(op, g, windows, step_at, group, strip, y);
-  if (op.pad != 0 && at_border) {
-    Place at = first;
-    for (int j = 0; j < Pixels; ++j, at.next(op)) {
-      if (!g.on_border(at)) continue;
-      for (int s = 0; s < Strips; ++s) {
-        const float* sums = op.tap_sums + (group * g.strips + strip + s) * 16;
-        y[j][s] = pad_taps(op, g, at, sums, y[j][s]);
-      }
-    }
-  }
-  const int64_t o = group * g.outputs + strip * 16, valid = g.outputs - strip * 16;
-  if (op.after_scale != nullptr) {
-    const float* beside = op.beside == nullptr ? nullptr : op.beside + pixel * op.out + o;
-    for (int j = 0; j < Pixels; ++j) {
-      for (int s = 0; s < Strips; ++s) {
-        const float* at = beside == nullptr ? nullptr : beside + j * op.out + 16 * s;
-        y[j][s] = finished(op, y[j][s], o + 16 * s, at, valid - 16 * s);
-      }
-    }
-  }
-  float* to = op.y + pixel * op.out + o;
-  for (int j = 0; j < Pixels; ++j, to += op.out) {
-    for (int s = 0; s < Strips; ++s) {
-      if (valid >= 16 * Strips) {
-        y[j][s].store(to + 16 * s);
-      } else {
-        y[j][s].store_some(to + 16 * s, valid - 16 * s);
-      }
-    }
+  const Ends<Strips> ends(op, g, group, strip);
+  for (int j = 0; j < Pixels; ++j, at.next(op)) {
+    put_pixel<Strips>(op, g, ends, at, pixel + j, group, strip, y[j]);
   }
 }
 
@@ -174,7 +214,7 @@ void some_pixels(const taut::Bitplanes& op, const Geometry& g, const uint64_t* x
   }
 }
 
-inline void some_images(const taut::Bitplanes& op, const taut::Parallel& parallel) {
+inline Geometry geometry(const taut::Bitplanes& op) {
   const int64_t channels = op.image.channels / op.groups;
   Geometry g{};
   g.words = (channels + 63) / 64;
@@ -193,7 +233,11 @@ inline void some_images(const taut::Bitplanes& op, const taut::Parallel& paralle
   const int64_t last_w = op.image.width + op.pad_w - (op.kernel_w - 1) * op.dilation_w - 1;
   g.bottom = last_h < 0 ? -1 : last_h / op.stride_h;
   g.right = last_w < 0 ? -1 : last_w / op.stride_w;
+  return g;
+}
 
+inline void some_images(const taut::Bitplanes& op, const taut::Parallel& parallel) {
+  const Geometry g = geometry(op);
   const int64_t size = op.image.count * g.image;
   auto* memory = static_cast<uint64_t*>(taut::scratch<1>(size_t(size + g.steps) * 8));
   auto* step_at = reinterpret_cast<int64_t*>(memory);  // where a window's words lie
@@ -240,8 +284,11 @@ inline void bitplane_matmul(const taut::Bitplanes& op, const taut::Parallel& par
     some.image.count = m.count - n < step ? m.count - n : step;
     if (op.x != nullptr) some.x += n * m.stride_n;
     if (op.x8 != nullptr) some.x8 += n * m.stride_n;
-    some.y += n * op.out_h * op.out_w * op.out;
-    if (op.beside != nullptr) some.beside += n * op.out_h * op.out_w * op.out;
+    if (op.x_signs != nullptr) some.x_signs += n * m.stride_n;
+    const int64_t before = n * op.out_h * op.out_w * op.out;
+    if (op.y != nullptr) some.y += before;
+    if (op.beside != nullptr) some.beside += before;
+    if (op.y_signs != nullptr) some.y_signs += before;
     some_images(some, parallel);
   }
 }

@@ -126,6 +126,30 @@ inline void pack_bytes(const int8_t* x, int64_t stride, int64_t groups, int64_t 
   }
 }
 
+// Signs that are bytes already, channels side by side.
+inline void pack_flags(const uint8_t* x, int64_t groups, int64_t channels, int64_t words,
+                       uint64_t* to) {
+  for (int64_t g = 0; g < groups; ++g, x += channels, to += words) {
+    for (int64_t k = 0; k < words; ++k) {
+      uint64_t word = 0;
+      const int64_t end = channels - 64 * k < 64 ? channels - 64 * k : 64;
+#if defined(__AVX512BW__)
+      if (end == 64) {
+        const __m512i all = _mm512_loadu_si512(x + 64 * k);
+        to[k] = _mm512_test_epi8_mask(all, all);
+        continue;
+      }
+#endif
+      for (int64_t c = 0; c < end; c += 8) {
+        uint64_t eight = 0;  // the first in the lowest byte, and bit, of little-endian machines
+        std::memcpy(&eight, x + 64 * k + c, size_t(end - c < 8 ? end - c : 8));
+        word |= ((eight & 0x0101010101010101u) * 0x0102040810204080u >> 56) << c;
+      }
+      to[k] = word;
+    }
+  }
+}
+
 inline void pack_image(const taut::Bitplanes& op, int64_t words, uint64_t* packed,
                        const taut::Parallel& parallel) {
   const taut::Image& m = op.image;
@@ -153,7 +177,11 @@ inline void pack_image(const taut::Bitplanes& op, int64_t words, uint64_t* packe
       const int64_t from = piece * kPiece, to = m.width - from < kPiece ? m.width : from + kPiece;
       const int64_t at = n * m.stride_n + h * m.stride_h;
       uint64_t* out = row + op.pad_w * pixel;
-      if (op.x8 != nullptr) {
+      if (op.x_signs != nullptr) {
+        for (int64_t w = from; w < to; ++w) {
+          pack_flags(op.x_signs + at + w * m.stride_w, op.groups, channels, words, out + w * pixel);
+        }
+      } else if (op.x8 != nullptr) {
         for (int64_t w = from; w < to; ++w) {
           pack_bytes(op.x8 + at + w * m.stride_w, m.stride_c, op.groups, channels, words,
                      out + w * pixel);

@@ -50,9 +50,34 @@ struct BitLayout {
                 arrays.next<uint8_t>("pattern", {levels})};
     return k;
   }
+
+  // Whether each input is one bit, so that signs say all of it.
+  static bool cuts_in_two(const Levels& l) {
+    return l.planes == 1 && l.count == 2 && (l.pattern[0] & 1) == 0 && (l.pattern[1] & 1) == 1;
+  }
 };
 
-class BitplaneMatmulOp : public Product<BitplaneMatmulOp> {
+// What both have: signs on either side, and what follows the product in the same pass.
+template <class Derived>
+class BitProduct : public Product<Derived> {
+ public:
+  bool takes_signs() const { return bits_.input_planes > 0; }
+
+ protected:
+  void run_bits(Bitplanes k, const Call& c) const {
+    OPENVINO_ASSERT(c.x_signs == nullptr || BitLayout::cuts_in_two(k_.levels),
+                    "taut: signs are taken by weights whose inputs are cut in two");
+    k.x = c.x, k.x_signs = c.x_signs, k.y = c.y, k.y_signs = c.y_signs;
+    k.after_scale = this->scale_, k.after_shift = this->shift_, k.beside = c.beside;
+    k.rectify = this->relu_ != 0, k.y_thresholds = this->thresholds_;
+    choose(kBitplaneVariants, cpu_flags()).run(k, on_openvino);
+  }
+
+  BitLayout bits_;
+  Bitplanes k_{};
+};
+
+class BitplaneMatmulOp : public BitProduct<BitplaneMatmulOp> {
  public:
   OPENVINO_OP("BitplaneMatmul", "taut");
   void take(const BitplaneMatmulOp& other) { in_ = other.in_, bits_ = other.bits_; }
@@ -69,32 +94,27 @@ class BitplaneMatmulOp : public Product<BitplaneMatmulOp> {
 
   ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape&,
-           const float* beside) const {
-    const int64_t batch = rows_of(x_shape);
+  void run(const Call& c) const {
+    const int64_t batch = rows_of(c.x_shape);
     if (bits_.input_planes == 0) {
-      const BitWeights k{x, k_.w, k_.w_scale, y, batch, in_, out_, k_.w_planes};
+      const BitWeights k{c.x, k_.w, k_.w_scale, c.y, batch, in_, out_, k_.w_planes};
       choose(kBitplaneRealVariants, cpu_flags()).run(k, on_openvino);
-      return finish(y, beside, batch, 1);
+      return finish(c.y, c.beside, batch, 1);
     }
     Bitplanes k = k_;
-    k.x = x, k.y = y;
     k.image = {1, in_, 1, batch, 0, 1, 0, in_};
     k.kernel_h = k.kernel_w = k.stride_h = k.stride_w = k.dilation_h = k.dilation_w = 1;
     k.out_h = 1, k.out_w = batch;
-    k.after_scale = scale_, k.after_shift = shift_, k.beside = beside, k.rectify = relu_ != 0;
-    choose(kBitplaneVariants, cpu_flags()).run(k, on_openvino);
+    run_bits(k, c);
   }
 
  private:
   int64_t in_ = 0;
-  BitLayout bits_;
-  Bitplanes k_{};
 };
 
 // x: [n, channels, height, width], or [n, height, width, channels] where `channels_last` is 1.
 // y and what is added to it: [n, height, width, out].
-class BitplaneConv2dOp : public Product<BitplaneConv2dOp> {
+class BitplaneConv2dOp : public BitProduct<BitplaneConv2dOp> {
  public:
   OPENVINO_OP("BitplaneConv2d", "taut");
   void take(const BitplaneConv2dOp& other) {
@@ -122,34 +142,29 @@ class BitplaneConv2dOp : public Product<BitplaneConv2dOp> {
     return {x[0], window_.places(x[first], 0), window_.places(x[first + 1], 1), out_};
   }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape& y_shape,
-           const float* beside) const {
+  void run(const Call& call) const {
     Bitplanes k = k_;
-    const auto n = int64_t(x_shape[0]), c = window_.channels;
+    const auto n = int64_t(call.x_shape[0]), c = window_.channels;
     const int first = channels_last_ != 0 ? 1 : 2;
-    const auto h = int64_t(x_shape[first]), w = int64_t(x_shape[first + 1]);
+    const auto h = int64_t(call.x_shape[first]), w = int64_t(call.x_shape[first + 1]);
     if (channels_last_ != 0) {
       k.image = {n, c, h, w, h * w * c, 1, w * c, c};
     } else {
       k.image = {n, c, h, w, c * h * w, h * w, w, 1};
     }
-    k.x = x, k.y = y;
     k.kernel_h = window_.kernel[0], k.kernel_w = window_.kernel[1];
     k.stride_h = window_.stride[0], k.stride_w = window_.stride[1];
     k.pad_h = window_.padding[0], k.pad_w = window_.padding[1];
     k.dilation_h = window_.dilation[0], k.dilation_w = window_.dilation[1];
-    k.out_h = int64_t(y_shape[1]), k.out_w = int64_t(y_shape[2]);
+    k.out_h = int64_t(call.y_shape[1]), k.out_w = int64_t(call.y_shape[2]);
     const double pixels = double(h + 2 * k.pad_h) * double(w + 2 * k.pad_w) * double(n);
     OPENVINO_ASSERT(pixels * double(c + 64) < 0x1p42, "taut: the padded image is too large");
-    k.after_scale = scale_, k.after_shift = shift_, k.beside = beside, k.rectify = relu_ != 0;
-    choose(kBitplaneVariants, cpu_flags()).run(k, on_openvino);
+    run_bits(k, call);
   }
 
  private:
   Window window_;
-  BitLayout bits_;
   int64_t channels_last_ = 0;
-  Bitplanes k_{};
 };
 
 }  // namespace taut

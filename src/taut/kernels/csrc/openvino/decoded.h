@@ -40,12 +40,11 @@ class LookupMatmulOp : public Product<LookupMatmulOp> {
 
   ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape&,
-           const float* beside) const {
+  void run(const Call& c) const {
     auto k = k_;
-    k.x = x, k.y = y, k.batch = rows_of(x_shape);
+    k.x = c.x, k.y = c.y, k.batch = rows_of(c.x_shape);
     choose(kLookupVariants, cpu_flags()).run(k, on_openvino);
-    finish(y, beside, k.batch, 1);
+    finish(c.y, c.beside, k.batch, 1);
   }
 
  private:
@@ -79,11 +78,10 @@ class HashedMatmulOp : public Product<HashedMatmulOp> {
 
   ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape&,
-           const float* beside) const {
-    const int64_t batch = rows_of(x_shape);
-    choose(kHashedVariants, cpu_flags()).run.matmul(k_, {x, y, batch}, on_openvino);
-    finish(y, beside, batch, 1);
+  void run(const Call& c) const {
+    const int64_t batch = rows_of(c.x_shape);
+    choose(kHashedVariants, cpu_flags()).run.matmul(k_, {c.x, c.y, batch}, on_openvino);
+    finish(c.y, c.beside, batch, 1);
   }
 
  private:

@@ -6,6 +6,10 @@
 // weight (constants.h); and, if there is a third one, `beside`, of the shape of y. The maximum is
 // taken where `relu` is 1. Bias, batch norm, the sum of a residual block and ReLU are all in it.
 //
+// Products of bits hand signs on instead of numbers that the next one would only cut: where `signs`
+// is 1, a second output is [y ≥ threshold[o]], a byte each; where it is 2, that is the only one. The
+// thresholds end the constant. x may then be such signs.
+//
 // Whatever a file says is checked before a kernel sees it: bad constants throw.
 #pragma once
 
@@ -59,6 +63,17 @@ class Held {
   const uint8_t* at_;
 };
 
+// What one evaluation reads and writes: x or x_signs; y, y_signs or both.
+struct Call {
+  const float* x;
+  const uint8_t* x_signs;
+  const ov::Shape& x_shape;
+  float* y;
+  uint8_t* y_signs;
+  const ov::Shape& y_shape;
+  const float* beside;
+};
+
 template <class Derived>
 class Product : public ov::op::Op {
  public:
@@ -68,7 +83,8 @@ class Product : public ov::op::Op {
                           "taut: x, a constant and maybe what is added are expected, got ",
                           get_input_size(), " inputs");
     for (size_t i = 0; i < get_input_size(); i += 2) {
-      NODE_VALIDATION_CHECK(this, get_input_element_type(i).compatible(ov::element::f32),
+      const bool signs = i == 0 && get_input_element_type(i) == ov::element::u8 && self.takes_signs();
+      NODE_VALIDATION_CHECK(this, signs || get_input_element_type(i).compatible(ov::element::f32),
                             "taut: input ", i, " must be float32, got ", get_input_element_type(i));
     }
     const auto constant =
@@ -85,21 +101,28 @@ class Product : public ov::op::Op {
     plain_ = std::all_of(scale_, scale_ + out_, [](float s) { return s == 1; }) &&
              std::all_of(shift_, shift_ + out_, [](float s) { return s == 0; });
     self.read(arrays);
+    check("signs", signs_, 0, self.takes_signs() ? 2 : 0);
+    if (signs_ != 0) thresholds_ = arrays.next<float>("thresholds of what follows", {out_});
     arrays.end();
-    set_output_type(0, ov::element::f32, self.shape(get_input_partial_shape(0)));
+    const ov::PartialShape shape = self.shape(get_input_partial_shape(0));
+    set_output_size(signs_ == 1 ? 2 : 1);
+    if (signs_ != 2) set_output_type(0, ov::element::f32, shape);
+    if (signs_ != 0) set_output_type(signs_ == 1 ? 1 : 0, ov::element::u8, shape);
   }
 
   bool visit_attributes(ov::AttributeVisitor& visitor) override {
     visitor.on_attribute("out", out_);
     visitor.on_attribute("relu", relu_);
-    static_cast<Derived&>(*this).visit(visitor);
+    auto& self = static_cast<Derived&>(*this);
+    self.visit(visitor);
+    if (self.takes_signs()) visitor.on_attribute("signs", signs_);
     return true;
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
     auto copy = std::make_shared<Derived>();
     copy->take(static_cast<const Derived&>(*this));
-    copy->out_ = out_, copy->relu_ = relu_, copy->held_ = held_;
+    copy->out_ = out_, copy->relu_ = relu_, copy->signs_ = signs_, copy->held_ = held_;
     copy->set_arguments(inputs);
     copy->validate_and_infer_types();
     return copy;
@@ -108,11 +131,14 @@ class Product : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const auto& self = static_cast<const Derived&>(*this);
     const ov::Tensor& x = inputs[0];
-    const ov::Shape shape =
-        static_cast<const Derived&>(*this).shape(ov::PartialShape(x.get_shape())).to_shape();
-    OPENVINO_ASSERT(x.get_element_type() == ov::element::f32, "taut: x must be float32");
-    if (outputs[0].get_shape() != shape) outputs[0].set_shape(shape);
+    const ov::Shape shape = self.shape(ov::PartialShape(x.get_shape())).to_shape();
+    const bool signs = x.get_element_type() == ov::element::u8 && self.takes_signs();
+    OPENVINO_ASSERT(signs || x.get_element_type() == ov::element::f32, "taut: x must be float32");
+    for (auto& output : outputs) {
+      if (output.get_shape() != shape) output.set_shape(shape);
+    }
     const float* beside = nullptr;
     if (inputs.size() > 2) {
       OPENVINO_ASSERT(inputs[2].get_element_type() == ov::element::f32 &&
@@ -121,10 +147,13 @@ class Product : public ov::op::Op {
                       inputs[2].get_shape());
       beside = inputs[2].data<const float>();
     }
-    static_cast<const Derived&>(*this).run(x.data<const float>(), x.get_shape(),
-                                           outputs[0].data<float>(), shape, beside);
+    self.run({signs ? nullptr : x.data<const float>(), signs ? x.data<const uint8_t>() : nullptr,
+              x.get_shape(), signs_ == 2 ? nullptr : outputs[0].data<float>(),
+              signs_ == 0 ? nullptr : outputs[signs_ == 1 ? 1 : 0].data<uint8_t>(), shape, beside});
     return true;
   }
+
+  bool takes_signs() const { return false; }
 
  protected:
   template <class N>
@@ -158,9 +187,10 @@ class Product : public ov::op::Op {
     }
   }
 
-  int64_t out_ = 0, relu_ = 0;
+  int64_t out_ = 0, relu_ = 0, signs_ = 0;
   const float* scale_ = nullptr;
   const float* shift_ = nullptr;
+  const float* thresholds_ = nullptr;
   bool plain_ = false;  // whether they change nothing
 
  private:

@@ -57,11 +57,10 @@ class SparseMatmulOp : public Product<SparseMatmulOp> {
 
   ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape&,
-           const float* beside) const {
-    const taut::SparseMatmul k{k_, x, y, rows_of(x_shape)};
+  void run(const Call& c) const {
+    const taut::SparseMatmul k{k_, c.x, c.y, rows_of(c.x_shape)};
     choose(kSparseMatmulVariants, cpu_flags()).run(k, on_openvino);
-    finish(y, beside, k.batch, 1);
+    finish(c.y, c.beside, k.batch, 1);
   }
 
  private:
@@ -93,14 +92,13 @@ class SparseConv2dOp : public Product<SparseConv2dOp> {
     return {x[0], out_, window_.places(x[2], 0), window_.places(x[3], 1)};
   }
 
-  void run(const float* x, const ov::Shape& x_shape, float* y, const ov::Shape& y_shape,
-           const float* beside) const {
+  void run(const Call& c) const {
     SparseConv k{};
-    k.rows = k_, k.x = x, k.y = y;
-    k.batch = int64_t(x_shape[0]), k.channels = window_.channels, k.groups = window_.groups;
+    k.rows = k_, k.x = c.x, k.y = c.y;
+    k.batch = int64_t(c.x_shape[0]), k.channels = window_.channels, k.groups = window_.groups;
     int64_t reads = k.channels;  // floats of a padded sample
     for (int i = 0; i < 2; ++i) {
-      k.size[i] = int64_t(x_shape[2 + i]), k.out_size[i] = int64_t(y_shape[2 + i]);
+      k.size[i] = int64_t(c.x_shape[2 + i]), k.out_size[i] = int64_t(c.y_shape[2 + i]);
       k.kernel[i] = window_.kernel[i], k.stride[i] = window_.stride[i];
       k.padding[i] = window_.padding[i], k.dilation[i] = window_.dilation[i];
       OPENVINO_ASSERT(!__builtin_mul_overflow(reads, k.size[i] + 2 * k.padding[i], &reads) &&
@@ -108,7 +106,7 @@ class SparseConv2dOp : public Product<SparseConv2dOp> {
                       "taut: a padded sample has more than 2**28 values");
     }
     choose(kSparseConvVariants, cpu_flags()).run(k, on_openvino);
-    finish(y, beside, k.batch, k.out_size[0] * k.out_size[1]);
+    finish(c.y, c.beside, k.batch, k.out_size[0] * k.out_size[1]);
   }
 
  private:
