@@ -1,5 +1,7 @@
 """The comparison with other libraries: whoever fails is told of, and the best is compared."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,3 +65,16 @@ def test_the_best_of_ours_is_compared_with_the_best_peer():
 def test_inputs_are_such_as_the_networks_take(net):
     with torch.device("meta"):
         assert len(net.build()(net.inputs(2))) == 2
+
+
+def test_a_tiny_pass_of_the_scores(tmp_path):
+    record = tmp_path / "peers.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--quick"]
+    only = ["--only", "int8: LeNet-5 on", "--json", str(record)]
+    subprocess.run([*script, *only], check=True, capture_output=True)
+    found = json.loads(record.read_text())
+    assert found["quick"]
+    lost = found["figures"][0]
+    assert lost["name"] == "int8: LeNet-5 on MNIST: points lost without training"
+    assert "Taut (onnx)" in lost["paper"]
+    assert abs(lost["ours"]) < 5
