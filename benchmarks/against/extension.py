@@ -54,7 +54,9 @@ def shared(weight: Tensor, bits: int) -> SharedValues:
 
 def signs(weight: Tensor) -> BitWeight:
     """A weight as signs, each row with the mean of its magnitudes."""
-    return BitWeight((weight > 0).long(), Plain.of(weight.abs().flatten(1).mean(1)[None], "float32"))
+    return BitWeight(
+        (weight > 0).long(), Plain.of(weight.abs().flatten(1).mean(1)[None], "float32")
+    )
 
 
 def whole(weight: Tensor) -> AffineWeight:
@@ -196,9 +198,7 @@ def _int8(nncf: Any, dense: nn.Module, x: Tensor, folder: Path) -> Path:
     return folder / "int8.xml"
 
 
-def _medians(
-    files: tuple[Path, ...], x: Tensor, threads: int, seconds: float
-) -> tuple[float, ...]:
+def _medians(files: tuple[Path, ...], x: Tensor, threads: int, seconds: float) -> tuple[float, ...]:
     """The milliseconds of an inference in each file, timed in turn."""
     core = openvino.Core()
     core.add_extension(str(extension()))
