@@ -6,8 +6,7 @@ holds along a chain; it does not where branches are added or joined, and before 
     a sum, a joint or a mean reads its inputs rounded: as a next layer rounds them already, else by
     8 bits whose range is found on samples (the least mean squared error, ranges.py);
     so does a product with whole weights whose input no technique could round, as attention's are;
-    a maximum pool reads what its reader rounds, which gives the very same numbers;
-    an operation of Taut reads what comes from layers of whole numbers rounded, before their pools.
+    a maximum pool reads what its reader rounds, which gives the very same numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import torch
 from onnxscript import ir
 from torch import Tensor
 
-from taut.engine_ops import DOMAIN
 from taut.ranges import fit_steps, positive_grid, symmetric_grid
 
 Seen = Callable[[ir.Model, Sequence[str]], Mapping[str, Tensor]]
@@ -43,8 +41,6 @@ def round_between(model: ir.Model, seen: Seen) -> int:
         if _half_whole(node):
             assert node.inputs[0] is not None
             places.append((node, 0, node.inputs[0]))
-        if node.domain == DOMAIN:
-            places += [p for p in _into_operation(node) if p not in places]
         if node.op_type not in _JOINTS:
             continue
         values = [v for v in node.inputs if v is not None]
@@ -85,22 +81,6 @@ def _half_whole(node: ir.Node) -> bool:
     numbers = source.inputs[0]
     fixed = whole and numbers is not None and numbers.const_value is not None
     return fixed and _producer(x) != "DequantizeLinear"
-
-
-def _into_operation(node: ir.Node) -> list[tuple[ir.Node, int, ir.Value]]:
-    """Where numbers on their way from layers of whole numbers into an operation are rounded."""
-    found = []
-    for at in (0, 2):  # what it multiplies, and what it adds
-        value = node.inputs[at] if at < len(node.inputs) else None
-        reader, index = node, at
-        while value is not None and (maker := value.producer()) is not None:
-            if maker.op_type not in ("Transpose", "MaxPool"):
-                break
-            reader, index, value = maker, 0, maker.inputs[0]
-        whole = value is not None and _whole(value) and _producer(value) != "DequantizeLinear"
-        if value is not None and whole and (reader, index, value) not in found:
-            found.append((reader, index, value))
-    return found
 
 
 def _producer(value: ir.Value) -> str:
