@@ -1,8 +1,7 @@
-"""Text in other engines: tied tables once, any length, and steps that keep keys and values."""
+"""Text in other engines: tied tables once, and any length."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,36 +60,3 @@ def test_a_tied_table_is_exported_once(recipe: str, tmp_path: Path) -> None:
     assert found.network is not None
     longer = torch.randint(0, 40, (3, 12))
     close(found.network(longer), net(longer))
-
-
-class Steps(nn.Module):
-    """A generation loop's step, its state as tensors: [n, new], [n, before, width] twice."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        scores, ((keys, values),) = self.net.step(tokens, ((keys, values),))  # type: ignore[operator]
-        return scores, keys, values
-
-
-@pytest.mark.parametrize("suffix", ["onnx", "xml"])
-@torch.no_grad()
-def test_a_step_that_keeps_keys_and_values_is_exported(suffix: str, tmp_path: Path) -> None:
-    if suffix == "xml":
-        pytest.importorskip("openvino")
-    torch.manual_seed(0)
-    net: Any = compressed(NETS["tied"](), "share_values(bits=4)")
-    _, ((keys, values),) = net.step(TOKENS[:, :4])
-    example = (torch.randint(0, 40, (2, 3)), keys, values)
-    path = tmp_path / f"step.{suffix}"
-    found = taut.export(Steps(net), path, example, dynamic_length=True)
-    assert found.network is not None
-    state, text = (keys[:1], values[:1]), TOKENS[:1, :4]
-    for _ in range(8):  # up to the end of the context
-        token = torch.randint(0, 40, (1, 1))
-        text = torch.cat([text, token], 1)
-        scores, *state = found.network(token, *state)
-        close(scores, net(text)[:, :, -1:])
-    assert state[0].shape == (1, 12, 16)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Cache = tuple[Tensor, Tensor]
-"""Keys and values, [batch, steps, width] each: an exported step takes any number of steps."""
+"""Keys and values, [batch, steps, width] each."""
 
 
 def attend(layer: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
