@@ -14,6 +14,8 @@ from torch.utils.benchmark import Timer
 
 import taut
 from taut.data import Batches
+from taut.errors import ExportError
+from taut.kernels.openvino import extension
 
 # One thread is fastest for nets this small, and leaves the other cores to whoever else runs.
 torch.set_num_threads(1)
@@ -101,6 +103,25 @@ def recipe_run(tmp_path_factory):
 def goal_run(tmp_path_factory):
     """The same, to a goal that is not met."""
     return runs.to_a_goal(tmp_path_factory.mktemp("goal"))
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The library of Taut's operations in OpenVINO, compiled once."""
+    pytest.importorskip("openvino")
+    try:
+        return extension()
+    except ExportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def core(library):
+    """OpenVINO with Taut's operations."""
+    found = pytest.importorskip("openvino").Core()
+    found.add_extension(str(library))
+    found.set_property("CPU", {"INFERENCE_NUM_THREADS": 1})
+    return found
 
 
 TASK = """

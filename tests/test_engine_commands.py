@@ -78,6 +78,37 @@ def test_export_run_and_what_the_file_tells(run_folder, tmp_path, task):
     assert printed.count("[") == 4
 
 
+def exported(run_folder, to, keep, *more):
+    return run("export", run_folder / "net.taut", "-o", to, "--keep", keep, *more)
+
+
+def test_export_keeps_layers_compressed_or_decodes_them(run_folder, library, tmp_path):
+    found = {}
+    for keep in ("none", "all"):
+        done = exported(run_folder, tmp_path / f"{keep}.xml", keep, "--json")
+        assert done.exit_code == 0, done.output
+        found[keep] = json.loads(done.stdout)
+        assert abs(found[keep]["score"] - found[keep]["packed_score"]) <= 0.01
+    none, kept = found["none"], found["all"]
+    assert (none["kept"], none["library"], none["decoded"]) == ({}, None, "keep='none'")
+    assert kept["kept"] == {"0": "LookupMatmul", "3": "LookupMatmul", "5": "LookupMatmul"}
+    assert (kept["library"], kept["decoded"]) == (str(tmp_path / "all.taut.so"), "")
+    assert (tmp_path / "all.taut.so").read_bytes() == library.read_bytes()
+    assert not (tmp_path / "none.taut.so").exists()
+    told = exported(run_folder, tmp_path / "all.xml", "all").output
+    assert "kept    3 layers compressed, by operations of the library" in told
+    told = exported(run_folder, tmp_path / "none.xml", "none").output
+    assert "layers that could stay compressed are decoded: keep='none'" in told
+
+
+def test_export_refuses_to_keep_what_it_cannot(run_folder, tmp_path):
+    done = exported(run_folder, tmp_path / "net.xml", "al")
+    assert "keep must be auto, all, none, got 'al'; did you mean 'all'" in str(done.exception)
+    done = exported(run_folder, tmp_path / "net.onnx", "all")
+    assert "onnx takes none of Taut's operations" in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bench_tells_every_engine(run_folder):
     done = run(
         "bench",

@@ -9,6 +9,10 @@ from torch import nn
 import taut
 from taut.errors import ExportError
 from taut.fastest import ENGINES, Race, fastest, race
+from taut.layers import pack_layer
+from taut.modules import clone
+from taut.packed import Plain
+from taut.shared_weight import SharedValues
 from taut.types import Latency
 
 MODULE = importlib.import_module("taut.fastest")  # taut.fastest itself is the function
@@ -37,6 +41,27 @@ def test_the_fastest_answers_like_the_network(net, capsys):
     printed = capsys.readouterr().out
     assert "onnx" in printed
     assert "no packed layers" in printed
+
+
+def test_layers_that_stay_compressed_race_in_openvino(net, library):
+    packed = clone(net)
+    for name in ("0", "2"):
+        layer = packed.get_submodule(name)
+        values = Plain.of(torch.randn(16) / 4, "float32")
+        pack_layer(
+            layer, {"weight": SharedValues(torch.randint(0, 16, layer.weight.shape), values)}
+        )
+    engines = ("openvino", "openvino+taut")
+    found = race(packed, X, engines=engines, threads=1, seconds=0.02)
+    assert found.refused == {}
+    assert {t.engine for t in found.latencies} == set(engines)
+    assert min(t.median_ms for t in found.latencies) > 0
+    alone = fastest(packed, X, engines=engines[1:], threads=1, seconds=0.01, show=False)
+    assert alone.engine == "openvino+taut"
+    for x in (X, X[:1]):  # as was timed, and anew
+        torch.testing.assert_close(alone(x), packed(x), rtol=0.02, atol=0.02)
+    refused = race(net, X, engines=engines[1:], threads=1).refused
+    assert refused == {"openvino+taut": "no layer is one of Taut's operations"}
 
 
 def test_other_batches_than_were_timed_run_too(net):

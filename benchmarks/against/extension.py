@@ -1,38 +1,33 @@
 """Compressed networks in OpenVINO, by Taut's operations, against NNCF's int8 of the same networks.
 
-    python benchmarks/against/extension.py --json benchmarks/results/extension.json --check
-
 Each row is the latency of a compressed network over that of the dense one in int8, batch 1, both in
-OpenVINO, timed in turn in one process: the medians' ratio. The weights are random, for speed does
-not depend on them; every network is first compared with its packed form, as all exports are. NNCF
-is the peer: `pip install nncf`; without it a row says so and cannot hold.
+OpenVINO: the medians' ratio. The weights are random, for speed does not depend on them; every
+network is first compared with its packed form, as all exports are. Where NNCF, OpenVINO or a
+compiler is missing a row says so, and cannot hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import openvino
 import torch
+from against.quantizers import QUANTIZERS
+from against.racing import Entry, made, race
+from harness import Figure
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import Figure, run
 
 import taut
 from taut.activations import InputCode, LevelCode, StepCode
 from taut.affine_weight import AffineWeight
 from taut.bit_weight import BitWeight
+from taut.fastest import KEEPS
 from taut.kernels import Levels
-from taut.kernels.openvino import extension
 from taut.layers import pack_layer
 from taut.packed import PackedWeight, Plain
 from taut.shared_weight import SharedValues
@@ -41,7 +36,8 @@ from taut.task import Task
 from taut.zoo.lenet import LeNet5
 from taut.zoo.resnet import resnet_18
 
-COMMAND = "python benchmarks/against/extension.py"
+NAME = "extension"
+OURS, THEIRS = "Taut", "NNCF"
 THREADS = (1, 2)
 SECONDS = 10.0  # that a pair is timed
 
@@ -149,36 +145,44 @@ def rows(quick: bool) -> Mapping[str, tuple[Callable[[], Any], float]]:
 
 
 def figures(options: argparse.Namespace) -> list[Figure]:
-    """A row for each network and number of threads."""
-    found = []
-    try:
-        import nncf
-    except ImportError:
-        nncf = None
+    """The rows of this section: one for each network and number of threads."""
+    found: list[Figure] = []
     for name, (make, asked) in rows(options.quick).items():
-        if options.only and options.only not in name:
-            continue
-        torch.manual_seed(options.seed)
-        if nncf is None:
-            found.append(_figure(name, "nncf is not installed", math.inf, asked))
-            continue
-        net, dense, x = make()
-        with TemporaryDirectory() as folder:
-            task = _task(x, net)
-            ours = taut.export(net, Path(folder) / "ours.xml", x, task=task, keep="all")
-            theirs = _int8(nncf, dense(), x, Path(folder))
-            for threads in THREADS:
-                seconds = 0.2 if options.quick else SECONDS
-                a, b = _medians((ours.path, theirs), x, threads, seconds)
-                beside = f"{b:.3f} ms, ours {a:.3f}"
-                found.append(_figure(f"{name}, {threads} threads", beside, a / b, asked))
+        if not options.only or options.only in f"{NAME}: {name}":
+            torch.manual_seed(options.seed)
+            found += _compared(name, *make(), asked, 0.2 if options.quick else SECONDS)
     return found
 
 
-def _figure(name: str, beside: str, ours: float, asked: float) -> Figure:
-    return Figure(
-        name=name, paper=beside, ours=ours, asked=asked, at_most=True, unit="×", command=COMMAND
-    )
+def _compared(
+    name: str, net: nn.Module, dense: Callable[[], nn.Module], x: Tensor, asked: float,
+    seconds: float,
+) -> Iterator[Figure]:  # fmt: skip
+    makers = {
+        OURS: partial(_ours, net, x),
+        THEIRS: partial(QUANTIZERS["NNCF"], dense(), [torch.randn_like(x) for _ in range(8)]),
+    }
+    with TemporaryDirectory() as place:
+        entries, failed = made(makers, Path(place))
+        for threads in THREADS:
+            times, stopped = race(entries, [x], Path(place), threads, seconds)
+            ms = {t.entry.who: t.median_ms for t in times}
+            told = [f"{t.entry.who} {t.median_ms:.3g} ± {t.iqr_ms / 2:.1g} ms" for t in times]
+            told += [f"{who}: {why}" for who, why in {**failed, **stopped}.items()]
+            yield Figure(
+                name=f"{NAME}: {name}, {threads} threads: latency beside NNCF's int8",
+                paper="; ".join(told),
+                ours=ms[OURS] / ms[THEIRS] if len(ms) == 2 else math.inf,
+                asked=asked, at_most=True, unit="×",
+                command=f"python benchmarks/peers.py --only {NAME}",
+            )  # fmt: skip
+
+
+def _ours(net: nn.Module, x: Tensor, folder: Path) -> Entry:
+    """Taut's export, every layer that can be compressed so."""
+    path = folder / "kept.xml"
+    taut.export(net, path, x, task=_task(x, net), dynamic_batch=False, keep="all")
+    return Entry(OURS, KEEPS, path)
 
 
 def _task(x: Tensor, net: nn.Module) -> Task:
@@ -186,43 +190,3 @@ def _task(x: Tensor, net: nn.Module) -> Task:
     with torch.no_grad():
         data = [(inputs, net(inputs).argmax(1)) for inputs in (torch.randn(4, *x.shape[1:]),)]
     return Task(train=data, test=data)
-
-
-def _int8(nncf: Any, dense: nn.Module, x: Tensor, folder: Path) -> Path:
-    """NNCF's int8 of a network, by its defaults, as a file."""
-    file = folder / "dense.onnx"
-    torch.onnx.export(dense, (x,), str(file), dynamo=True, verbose=False, external_data=False)
-    data = nncf.Dataset([np.random.default_rng(i).standard_normal(x.shape, "f4") for i in range(8)])
-    quantized = nncf.quantize(openvino.Core().read_model(file), data, subset_size=8)
-    openvino.save_model(quantized, folder / "int8.xml")
-    return folder / "int8.xml"
-
-
-def _medians(files: tuple[Path, ...], x: Tensor, threads: int, seconds: float) -> tuple[float, ...]:
-    """The milliseconds of an inference in each file, timed in turn."""
-    core = openvino.Core()
-    core.add_extension(str(extension()))
-    requests = []
-    for file in files:
-        model = core.read_model(file)
-        model.reshape(list(x.shape))
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(model, "CPU", options).create_infer_request()
-        request.set_input_tensor(openvino.Tensor(x.numpy()))
-        for _ in range(5):
-            request.infer()
-        requests.append(request)
-    times: list[list[float]] = [[] for _ in files]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 9:
-        for request, taken in zip(requests, times, strict=True):
-            request.infer()  # what the other left in the caches is gone
-            for _ in range(3):
-                start = time.perf_counter()
-                request.infer()
-                taken.append(1e3 * (time.perf_counter() - start))
-    return tuple(float(np.median(t)) for t in times)
-
-
-if __name__ == "__main__":
-    run("Taut's operations in OpenVINO, against NNCF's int8", figures, "NNCF int8")

@@ -3,6 +3,7 @@
 #include "bitplane/bitplane.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "check.h"
@@ -25,6 +26,9 @@ struct Case {
   Pair kernel{}, stride{}, pad{0, 0}, dilation{};
   float pad_value = 0;
   int64_t skew = 0;
+  bool x_signs = false;                         // x comes as signs, a byte each
+  bool ends = false, beside = false, relu = false;  // what follows the product
+  int signs = 0;                                // given: 1 beside the numbers, 2 instead of them
 };
 
 int64_t sixteens(int64_t n) { return (n + 15) / 16; }
@@ -112,6 +116,35 @@ struct Cuts {
   }
 };
 
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// What follows the product, and is done here to what is wanted. Each output's threshold is one of
+// the numbers that it gives: what stands on a threshold reaches it.
+struct Ends {
+  check::Exact<float> scale, shift, beside, thresholds;
+
+  Ends(check::Random& random, const Case& c, std::vector<float>& wanted)
+      : scale(c.ends ? c.out : 0, c.skew), shift(c.ends ? c.out : 0, c.skew),
+        beside(c.beside ? int64_t(wanted.size()) : 0, c.skew),
+        thresholds(c.signs != 0 ? c.out : 0, c.skew) {
+    for (int64_t o = 0; o < scale.size(); ++o) {
+      scale[o] = float(random.between(-2, 2)), shift[o] = float(random.between(-20, 20));
+    }
+    for (int64_t i = 0; i < beside.size(); ++i) beside[i] = float(random.between(-50, 50));
+    if (beside.size() > 0) beside[beside.size() - 1] = NAN;  // stays, and reaches no threshold
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const auto at = int64_t(i), o = at % c.out;
+      if (c.ends) wanted[i] = wanted[i] * scale[o] + shift[o];
+      if (c.beside) wanted[i] += beside[at];
+      if (c.relu && wanted[i] < 0) wanted[i] = 0;
+    }
+    const int64_t pixels = int64_t(wanted.size()) / std::max<int64_t>(c.out, 1);
+    for (int64_t o = 0; o < thresholds.size() && pixels > 0; ++o) {
+      thresholds[o] = wanted[size_t(random.between(0, pixels - 1) * c.out + o)];
+    }
+  }
+};
+
 void run(const Case& c, const taut::Parallel& parallel) {
   check::Random random;
   const int64_t taps = c.kernel.h * c.kernel.w, channels = c.channels / c.groups;
@@ -133,8 +166,13 @@ void run(const Case& c, const taut::Parallel& parallel) {
                                    (m.height - 1) * m.stride_h + (m.width - 1) * m.stride_w + 1;
   check::Exact<float> x(c.levels ? used : 0, c.skew);
   check::Exact<int8_t> x8(c.levels ? 0 : used, c.skew);
+  check::Exact<uint8_t> x_signs(c.x_signs ? used : 0, c.skew);
   for (int64_t i = 0; i < used; ++i) {
     const int64_t value = random.between(c.levels ? -4 : -128, c.levels ? 4 : 127);
+    if (c.x_signs) {  // above the lowest bit there may be anything
+      const bool set = float(value) >= cuts.thresholds[c.per_channel ? i % m.channels : 0];
+      x_signs[i] = uint8_t((random.bits() >> 24 & 0xfe) | set);
+    }
     if (c.levels) {
       x[i] = float(value);
     } else {
@@ -175,10 +213,13 @@ void run(const Case& c, const taut::Parallel& parallel) {
       wanted.push_back(sum);
     }
   }
+  Ends ends(random, c, wanted);
   check::each_variant(taut::kBitplaneVariants, [&](const char* name, taut::BitplaneMatmul kernel) {
-    check::Exact<float> y(int64_t(wanted.size()), c.skew);
+    check::Exact<float> y(c.signs == 2 ? 0 : int64_t(wanted.size()), c.skew);
+    check::Exact<uint8_t> signs(c.signs != 0 ? int64_t(wanted.size()) : 0, c.skew);
     taut::Bitplanes op{};
-    op.x = c.levels ? x.data() : nullptr;
+    op.x = c.levels && !c.x_signs ? x.data() : nullptr;
+    op.x_signs = c.x_signs ? x_signs.data() : nullptr;
     op.x8 = c.levels ? nullptr : x8.data();
     op.image = m;
     op.levels = {int(cuts.scale.size()), int(cuts.pattern.size()), cuts.thresholds.data(),
@@ -192,16 +233,23 @@ void run(const Case& c, const taut::Parallel& parallel) {
     op.stride_h = c.stride.h, op.stride_w = c.stride.w;
     op.pad_h = c.pad.h, op.pad_w = c.pad.w;
     op.dilation_h = c.dilation.h, op.dilation_w = c.dilation.w;
-    op.out_h = out_h, op.out_w = out_w, op.y = y.data();
+    op.out_h = out_h, op.out_w = out_w, op.y = c.signs == 2 ? nullptr : y.data();
+    if (c.ends) op.after_scale = ends.scale.data(), op.after_shift = ends.shift.data();
+    op.beside = c.beside ? ends.beside.data() : nullptr, op.rectify = c.relu;
+    if (c.signs != 0) op.y_signs = signs.data(), op.y_thresholds = ends.thresholds.data();
     kernel(op, parallel);
     int64_t wrong = 0;
-    for (int64_t i = 0; i < y.size(); ++i) wrong += !(y[i] == wanted[size_t(i)]);
+    for (int64_t i = 0; i < y.size(); ++i) wrong += !same(y[i], wanted[size_t(i)]);
+    for (int64_t i = 0; i < signs.size(); ++i) {
+      wrong += signs[i] != uint8_t(wanted[size_t(i)] >= ends.thresholds[i % c.out]);
+    }
     CHECK(wrong == 0,
           "%s: %lld of %lld wrong; %lld channels, %lld outputs, %lld groups, image %lld × %lld, "
-          "%d × %d planes, %d levels, layout %d",
-          name, (long long)wrong, (long long)y.size(), (long long)c.channels, (long long)c.out,
-          (long long)c.groups, (long long)m.height, (long long)m.width, c.w_planes,
-          int(cuts.scale.size()), c.levels, int(c.layout));
+          "%d × %d planes, %d levels, layout %d, signs %d to %d, beside %d, relu %d",
+          name, (long long)wrong, (long long)wanted.size(), (long long)c.channels,
+          (long long)c.out, (long long)c.groups, (long long)m.height, (long long)m.width,
+          c.w_planes, int(cuts.scale.size()), c.levels, int(c.layout), int(c.x_signs), c.signs,
+          int(c.beside), int(c.relu));
   });
 }
 
@@ -318,6 +366,63 @@ TAUT_TEST(bitplane_conv2d_with_every_window) {
          .pad_value = 1},
         taut::serial);
   }
+}
+
+TAUT_TEST(bitplane_conv2d_takes_and_gives_signs) {
+  for (int64_t channels : {20, 64, 130}) {
+    for (int64_t out : {20, 33, 64}) {
+      for (int64_t stride : {1, 2}) {
+        for (int64_t pad : {0, 1}) {
+          for (int signs : {0, 1, 2}) {
+            const bool odd = (stride + pad) % 2 != 0;
+            run({.channels = channels, .out = out, .image = {5, 4}, .count = 2, .per_channel = odd,
+                 .kernel = {3, 3}, .stride = {stride, stride}, .pad = {pad, pad}, .skew = 1,
+                 .x_signs = true, .ends = true, .beside = pad == 1, .relu = odd, .signs = signs},
+                taut::serial);
+          }
+        }
+      }
+    }
+  }
+}
+
+TAUT_TEST(bitplane_matmul_takes_and_gives_signs) {
+  for (int64_t channels : {1, 20, 64, 130}) {
+    for (int64_t out : {1, 20, 33, 64}) {
+      for (const bool x_signs : {false, true}) {
+        run({.channels = channels, .out = out, .image = {1, 7}, .w_planes = 2, .x_signs = x_signs,
+             .signs = 1},
+            taut::serial);
+        run({.channels = channels, .out = out, .image = {1, 7}, .x_signs = x_signs, .ends = true,
+             .beside = true, .relu = true, .signs = 2},
+            taut::serial);
+      }
+    }
+  }
+}
+
+TAUT_TEST(bitplane_conv2d_gives_signs_of_groups_planes_and_bytes) {
+  for (int64_t groups : {1, 2, 3}) {
+    for (int levels : {0, 2, 4}) {
+      for (const bool relu : {false, true}) {
+        run({.channels = 66, .out = 66, .image = {4, 5}, .groups = groups, .w_planes = 2,
+             .x_planes = levels == 2 ? 1 : 2, .levels = levels, .layout = kChannelsFirst,
+             .kernel = {3, 3}, .pad = {1, 1}, .pad_value = 1, .ends = true, .beside = true,
+             .relu = relu, .signs = 1},
+            taut::serial);
+      }
+    }
+    run({.channels = 66, .out = 66, .image = {4, 5}, .groups = groups, .kernel = {3, 3},
+         .pad = {1, 1}, .pad_value = 1, .skew = 3, .x_signs = true, .ends = true, .beside = true,
+         .signs = 2},
+        taut::serial);
+  }
+}
+
+TAUT_TEST(bitplane_conv2d_hands_on_signs_of_more_images_than_fit) {
+  run({.channels = 64, .out = 64, .image = {40, 24}, .count = 40, .groups = 64, .skew = 1,
+       .x_signs = true, .ends = true, .beside = true, .relu = true, .signs = 1},
+      check::three_threads);
 }
 
 TAUT_TEST(bitplane_matmul_on_three_threads) {

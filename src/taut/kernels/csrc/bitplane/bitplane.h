@@ -40,7 +40,7 @@ struct Image {
 
 struct Bitplanes {
   // Activations: floats that are told apart by levels, or int8 (x8), whose planes are their bits.
-  // Or they are signs already, a byte each, 1 where the bit is set: [count, height, width, channels].
+  // Or they are signs already, a byte each, whose lowest bit it is: [count, height, width, channels].
   const float* x;
   const int8_t* x8;
   const uint8_t* x_signs;

@@ -169,7 +169,9 @@ inline void put_pixel(const taut::Bitplanes& op, const Geometry& g, const Ends<S
         const float* beside = op.beside + at + 16 * s;
         y[s] = y[s] + (valid >= 16 ? F16::load(beside) : F16::load_some(beside, valid));
       }
-      if (op.rectify) y[s] = select(uint16_t(at_least(y[s], F16::zero())), y[s], F16::zero());
+      if (op.rectify) {  // NaN stays
+        y[s] = select(uint16_t(at_least(F16::zero(), y[s])), F16::zero(), y[s]);
+      }
     }
     if (op.y_signs != nullptr) {
       store_signs(at_least(y[s], ends.threshold[s]), op.y_signs + at + 16 * s, valid);

@@ -126,7 +126,7 @@ inline void pack_bytes(const int8_t* x, int64_t stride, int64_t groups, int64_t 
   }
 }
 
-// Signs that are bytes already, channels side by side.
+// Signs that are bytes already, whose lowest bit counts; channels side by side.
 inline void pack_flags(const uint8_t* x, int64_t groups, int64_t channels, int64_t words,
                        uint64_t* to) {
   for (int64_t g = 0; g < groups; ++g, x += channels, to += words) {
@@ -136,7 +136,7 @@ inline void pack_flags(const uint8_t* x, int64_t groups, int64_t channels, int64
 #if defined(__AVX512BW__)
       if (end == 64) {
         const __m512i all = _mm512_loadu_si512(x + 64 * k);
-        to[k] = _mm512_test_epi8_mask(all, all);
+        to[k] = _mm512_test_epi8_mask(all, _mm512_set1_epi8(1));
         continue;
       }
 #endif

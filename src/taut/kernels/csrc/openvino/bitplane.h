@@ -67,6 +67,8 @@ class BitProduct : public Product<Derived> {
   void run_bits(Bitplanes k, const Call& c) const {
     OPENVINO_ASSERT(c.x_signs == nullptr || BitLayout::cuts_in_two(k_.levels),
                     "taut: signs are taken by weights whose inputs are cut in two");
+    OPENVINO_ASSERT(c.x_signs == nullptr || k.image.stride_c == 1,
+                    "taut: signs have their channels last");
     k.x = c.x, k.x_signs = c.x_signs, k.y = c.y, k.y_signs = c.y_signs;
     k.after_scale = this->scale_, k.after_shift = this->shift_, k.beside = c.beside;
     k.rectify = this->relu_ != 0, k.y_thresholds = this->thresholds_;
