@@ -27,7 +27,8 @@ from taut.kernels.sparse import pack_rows
 _spec = importlib.util.spec_from_file_location(
     "benchmark_of_kernels", Path(__file__).parent.parent / "kernels.py"
 )  # by its path: the tests have a package of this name
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _kernels = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_kernels)
 Bench = _kernels.Bench
