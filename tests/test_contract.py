@@ -152,7 +152,6 @@ class TestFactorWeights(RecodingContract):
     under_test = (
         FactorWeights(),
         FactorWeights(rank="energy", energy=0.3),
-        FactorWeights(rank="vbmf", weighted=False),
     )
 
 

@@ -73,7 +73,7 @@ def test_other_batches_than_were_timed_run_too(net):
 def test_whole_numbers_between_layers_where_the_task_is_given(net, task, monkeypatch):
     asked = []
 
-    def refuse(packed, path, given, *, task, dynamic_batch):
+    def refuse(packed, path, given, *, task, dynamic_batch, keep):
         asked.append((task, dynamic_batch))
         raise ExportError("not today")
 

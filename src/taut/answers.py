@@ -139,6 +139,8 @@ def _names(task: Task, count: int) -> tuple[str, ...]:
 
 
 def _matrix(target: Tensor, answer: Tensor, count: int) -> Tensor:
+    there = (target >= 0) & (target < count)  # others the loss ignores
+    target, answer = target[there], answer[there]
     return torch.bincount(target * count + answer, minlength=count**2).view(count, count)
 
 

@@ -267,6 +267,9 @@ def place(
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if not isinstance(module, Packed) or not path:
             continue
+        above = network.get_submodule(path.rpartition(".")[0])
+        if isinstance(above, nn.MultiheadAttention):
+            continue  # it reads the weight of its last projection itself
         if id(module) not in made:
             operation = operation_of(module)
             if operation is None or not wanted(path, operation):

@@ -57,6 +57,8 @@ class Bound:
 
     def holds(self, measurement: Measurement, original: Measurement) -> bool:
         reached, limit = value_of(self.axis, measurement), self.limit(original)
+        if not math.isfinite(reached):
+            return False  # it was not measured
         return reached <= limit if self.relation == "<=" else reached >= limit
 
     def excess(self, measurement: Measurement, original: Measurement) -> float:

@@ -135,10 +135,7 @@ def input_root(products: Sequence[Product], columns: int) -> Tensor | None:
     mean = moments.diagonal().mean()
     if not bool(met.all()) or not float(mean) > 0:
         return None
-    root: Tensor = torch.linalg.cholesky(
-        moments / mean + _STEADY * torch.eye(columns, dtype=torch.float64)
-    )
-    return root
+    return _sound_root(moments / mean, _STEADY)
 
 
 _FELT = 0.05
@@ -150,8 +147,16 @@ def output_root(moments: Tensor) -> Tensor | None:
     mean = moments.diagonal().mean()
     if not bool(moments.isfinite().all()) or not float(mean) > 0:
         return None
-    one = torch.eye(len(moments), dtype=torch.float64)
-    root: Tensor = torch.linalg.cholesky(moments / mean + _FELT * one)
+    return _sound_root(moments.double() / mean, _FELT)
+
+
+def _sound_root(moments: Tensor, floor: float) -> Tensor:
+    """The Cholesky factor of moments, with `floor` added to each eigenvalue.
+
+    Rounding in the sums may have left some a little below zero.
+    """
+    values, vectors = torch.linalg.eigh(moments)
+    root: Tensor = torch.linalg.cholesky((vectors * (values.clamp(min=0) + floor)) @ vectors.T)
     return root
 
 

@@ -28,7 +28,9 @@ _HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _MANY = 64  # floats that are worth a half precision
 
 
-def model_of(job: Job, opened: Opened, suit: Callable[[ir.Model], object]) -> ir.Model:
+def model_of(
+    job: Job, opened: Opened, suit: Callable[[ir.Model], object] = lambda model: None
+) -> ir.Model:
     """The network as an ONNX model, with what it tells of itself.
 
     opened: opens ONNX files in the engine. suit: brings whole numbers into the form that it likes.

@@ -65,15 +65,6 @@ from taut.watch import Watch, logged
 _log = logging.getLogger("taut")
 _ATTEMPTS = 60  # proposals in a row that may be ruled out before the least hopeless one is tried
 _GRID = 5  # values of each strength on a grid
-_KEPT = (
-    "original",
-    "status",
-    "told",
-    "timed",
-    "timed by",
-    "clock",
-    "sensitivity",
-)  # of an older record
 _KEPT = ("original", "status", "told", "timed", "timed by", "clock", "sensitivity")
 _WRITES = ("trials", "owners", "net.taut", "report.html", "log.txt", "run.json", "workers.txt",
            "study.journal")  # fmt: skip

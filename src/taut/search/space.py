@@ -99,8 +99,8 @@ class Knob:
     def at(self, share: float) -> Any:
         """The sample that lies so far between the ends, from 0 to 1.
 
-        >>> Knob(step="", option="", scale="log", low=1, high=100).at(0.5)
-        10.0
+        >>> Knob(step="", option="", scale="log", low=1, high=100).at(1.0)
+        100
         """
         if self.scale == "words":
             return self.words[round(share * (len(self.words) - 1))]
