@@ -171,7 +171,8 @@ def alike(found: Tensor, wanted: Tensor) -> None:
 def kept_onnx(network: nn.Module, x: Tensor, to: Path) -> bytes:
     """The ONNX file that OpenVINO reads of a network whose layers stay compressed."""
     job = Job(packed=network, example=((x,), {}), about={}, keep=True)
-    save(model_of(job, TARGETS["openvino"].module().opened), to)
+    engine = TARGETS["openvino"].module()
+    save(model_of(job, engine.opened, engine.suit), to)
     return to.read_bytes()
 
 

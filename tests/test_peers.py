@@ -1,5 +1,6 @@
 """The comparison with other libraries: whoever fails is told of, and the best is compared."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import taut
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers  # noqa: E402
-from against import int8, racing  # noqa: E402
+from against import extension, int8, racing  # noqa: E402
 
 X = torch.ones(1, 4)
 
@@ -26,7 +27,7 @@ def entry(folder):
 
 def test_every_section_names_itself_and_gives_figures():
     found = peers.sections()
-    assert "int8" in [s.NAME for s in found]
+    assert [s.NAME for s in found][:2] == ["int8", "extension"]
     assert all(callable(s.figures) for s in found)
 
 
@@ -37,6 +38,22 @@ def test_a_peer_that_is_not_installed_is_told_of(tmp_path):
     entries, failed = racing.made({"a peer": missing, "ours": entry}, tmp_path)
     assert [e.who for e in entries] == ["ours"]
     assert failed == {"a peer": "ImportError: No module named 'nncf'"}
+
+
+def test_without_openvino_the_rows_of_the_extension_say_so(monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("No module named 'openvino'")
+
+    monkeypatch.setitem(extension.QUANTIZERS, "NNCF", missing)
+    monkeypatch.setattr(extension.taut, "export", missing)
+    options = argparse.Namespace(quick=True, seed=0, only="extension: LeNet-5")
+    found = extension.figures(options)
+    assert [f.name.split(", ")[-1] for f in found] == [
+        "1 threads: latency beside NNCF's int8", "2 threads: latency beside NNCF's int8"
+    ]  # fmt: skip
+    for figure in found:
+        assert not figure.holds
+        assert figure.paper.startswith("Taut: ImportError: No module named 'openvino'; NNCF: Imp")
 
 
 def test_a_file_that_does_not_run_is_told_of(tmp_path):

@@ -38,9 +38,9 @@ def fuse(model: ir.Model) -> None:
         if maker is not None and maker.op_type == "Transpose" and _perm(maker) == _FIRST:
             _replace(graph, node.outputs[0], maker.inputs[0])
     graph.sort()
+    _drop_unused(graph)  # a turn that nothing reads would keep numbers where signs are enough
     for node in [n for n in graph if n.domain == DOMAIN]:  # givers before takers
         _hand_signs(graph, node)
-    _drop_unused(graph)
 
 
 def _channels_last(graph: Any, node: Any, turned: dict[Any, Any]) -> None:

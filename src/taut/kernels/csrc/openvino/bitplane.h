@@ -64,11 +64,17 @@ class BitProduct : public Product<Derived> {
   bool takes_signs() const { return bits_.input_planes > 0; }
 
  protected:
+  // Signs are refused as the file is read: what an inference throws, OpenVINO does not always tell.
+  void check_signs(bool channels_last) {
+    signs_suit_ = channels_last && BitLayout::cuts_in_two(k_.levels);
+    if (this->get_input_element_type(0) != ov::element::u8) return;
+    NODE_VALIDATION_CHECK(this, BitLayout::cuts_in_two(k_.levels),
+                          "taut: signs are taken by weights whose inputs are cut in two");
+    NODE_VALIDATION_CHECK(this, channels_last, "taut: signs have their channels last");
+  }
+
   void run_bits(Bitplanes k, const Call& c) const {
-    OPENVINO_ASSERT(c.x_signs == nullptr || BitLayout::cuts_in_two(k_.levels),
-                    "taut: signs are taken by weights whose inputs are cut in two");
-    OPENVINO_ASSERT(c.x_signs == nullptr || k.image.stride_c == 1,
-                    "taut: signs have their channels last");
+    OPENVINO_ASSERT(c.x_signs == nullptr || signs_suit_, "taut: x must be float32");
     k.x = c.x, k.x_signs = c.x_signs, k.y = c.y, k.y_signs = c.y_signs;
     k.after_scale = this->scale_, k.after_shift = this->shift_, k.beside = c.beside;
     k.rectify = this->relu_ != 0, k.y_thresholds = this->thresholds_;
@@ -77,6 +83,9 @@ class BitProduct : public Product<Derived> {
 
   BitLayout bits_;
   Bitplanes k_{};
+
+ private:
+  bool signs_suit_ = false;
 };
 
 class BitplaneMatmulOp : public BitProduct<BitplaneMatmulOp> {
@@ -92,6 +101,7 @@ class BitplaneMatmulOp : public BitProduct<BitplaneMatmulOp> {
   void read(Arrays& arrays) {
     check("in", in_, 1, INT32_MAX);
     k_ = bits_.read(arrays, in_, out_, 1, 1);
+    if (takes_signs()) check_signs(true);
   }
 
   ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
@@ -134,6 +144,7 @@ class BitplaneConv2dOp : public BitProduct<BitplaneConv2dOp> {
     check("channels_last", channels_last_, 0, 1);
     check("input_planes", bits_.input_planes, 1, kMaxPlanes);
     k_ = bits_.read(arrays, window_.channels, out_, window_.groups, window_.taps());
+    check_signs(channels_last_ != 0);
   }
 
   ov::PartialShape shape(const ov::PartialShape& x) const {
