@@ -141,3 +141,22 @@ def test_the_networks_keep_their_modes():
     first, second = Says(BEFORE).train(), Says(AFTER).eval()
     answers(first, second, task())
     assert (first.training, second.training) == (True, False)
+
+
+def test_what_the_loss_ignores_is_left_out():
+    found = answers(Says(BEFORE), Says(AFTER), task(targets=[0, -100, 1, 1, -1, 2]))
+    assert found.examples == 4
+    assert sum(map(sum, found.before)) == 4
+    assert [e.number for e in found.shown] == [4, 6]  # as they stand in the data
+    assert answers(Says(BEFORE), Says(AFTER), task(targets=[-100] * 6)) is None
+
+
+def test_a_show_that_fails_is_told_and_loses_nothing(caplog):
+    def show(x):
+        raise KeyError("no such picture")
+
+    found = answers(Says(BEFORE), Says(AFTER), task(show=show))
+    assert [(e.number, e.picture, e.text) for e in found.shown] == [
+        (2, "", ""), (4, "", ""), (6, "", ""),
+    ]  # fmt: skip
+    assert "show() failed on example 2: 'no such picture'" in caplog.text

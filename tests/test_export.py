@@ -248,6 +248,11 @@ def test_pytorch_runs_what_runs_packed_by_tauts_products(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of its own imports
+def test_a_free_length_is_refused_where_sizes_are_fixed(tmp_path):
+    with pytest.raises(ExportError, match="files for executorch have a fixed length"):
+        taut.export(a_digits_net(), tmp_path / "net.pte", IMAGES, dynamic_length=True)
+
+
 def test_executorch_runs_what_is_written_for_it(tmp_path):
     pytest.importorskip("executorch")
     torch.manual_seed(0)

@@ -299,3 +299,9 @@ def test_a_smaller_file_is_never_further_away(
 def test_the_original_keeps_what_asks_for_nothing(original: Measurement) -> None:
     goal = Goal.parse("bytes<=100%, latency<=100%, macs<=100%, parameters<=100%, score>=0%")
     assert goal.met(original, original)
+
+
+def test_what_was_not_measured_keeps_no_bound() -> None:
+    untimed = measured(ms=None)
+    assert not only("latency<=50%").holds(untimed, untimed)
+    assert not only("latency<=2ms").holds(untimed, ORIGINAL)

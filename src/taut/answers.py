@@ -8,6 +8,7 @@ for the original and for the compressed network; their difference is what compre
 from __future__ import annotations
 
 import base64
+import logging
 import struct
 import zlib
 from collections import Counter
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from taut.modules import device_of
 from taut.task import Batch, Task
 
+_log = logging.getLogger("taut")
 MOST_CLASSES = 64  # of a matrix that is drawn
 MOST_SHOWN = 24  # examples, of which half were right before
 _SIDE = 64  # pixels of a picture at most
@@ -83,8 +85,8 @@ def answers(original: nn.Module, compressed: nn.Module, task: Task) -> Answers |
     if not task.is_classification:
         return None
     seen: list[Tensor] = []  # [3, n] of each batch: target, before, after
-    kept: dict[bool, list[tuple[int, Batch, int]]] = {True: [], False: []}
-    count, most = 0, 0
+    kept: dict[bool, list[tuple[int, list[int], Batch, int]]] = {True: [], False: []}
+    at, most = 0, 0
     was = original.training, compressed.training
     try:
         for batch in task.batches("test", device_of(original)):
@@ -95,16 +97,19 @@ def answers(original: nn.Module, compressed: nn.Module, task: Task) -> Answers |
                 return None
             most = max(most, old.shape[1])
             found = torch.stack([x.cpu() for x in (batch.target, old.argmax(1), new.argmax(1))])
-            for i in (found[1] != found[2]).nonzero().flatten().tolist():
+            told = (found[0] >= 0) & (found[0] < old.shape[1])  # others the loss ignores
+            for i in ((found[1] != found[2]) & told).nonzero().flatten().tolist():
                 mine = kept[bool(found[1, i] == found[0, i])]
                 if len(mine) < MOST_SHOWN:
-                    mine.append((count + i, batch, i))
-            seen.append(found)
-            count += found.shape[1]
+                    mine.append((at + i, found[:, i].tolist(), batch, i))
+            seen.append(found[:, told])
+            at += found.shape[1]
     finally:
         original.train(was[0])
         compressed.train(was[1])
     every = torch.cat(seen, 1)
+    if not every.shape[1]:
+        return None
     names = _names(task, most)
     target, before, after = every
     lost = kept[True][: max(MOST_SHOWN // 2, MOST_SHOWN - len(kept[False]))]
@@ -113,13 +118,13 @@ def answers(original: nn.Module, compressed: nn.Module, task: Task) -> Answers |
     if most <= MOST_CLASSES:
         matrices = [_matrix(target, answer, most) for answer in (before, after)]
     return Answers(
-        classes=names if most <= MOST_CLASSES else (), examples=count,
+        classes=names if most <= MOST_CLASSES else (), examples=every.shape[1],
         changed=int((before != after).sum()),
         lost=int(((before == target) & (after != target)).sum()),
         won=int(((before != target) & (after == target)).sum()),
         before=_rows(matrices[0]), after=_rows(matrices[1]),
         moved=_moved(every, names),
-        shown=tuple(_shown(task, names, every[:, n].tolist(), n, b, i) for n, b, i in some),
+        shown=tuple(_shown(task, names, mine, n, b, i) for n, mine, b, i in some),
     )  # fmt: skip
 
 
@@ -139,8 +144,6 @@ def _names(task: Task, count: int) -> tuple[str, ...]:
 
 
 def _matrix(target: Tensor, answer: Tensor, count: int) -> Tensor:
-    there = (target >= 0) & (target < count)  # others the loss ignores
-    target, answer = target[there], answer[there]
     return torch.bincount(target * count + answer, minlength=count**2).view(count, count)
 
 
@@ -164,7 +167,11 @@ def _shown(
     picture, text = "", ""
     one = list(batch.examples())[place] if task.show else None
     if task.show and one is not None:
-        given = task.show(*one.args, **one.kwargs)
+        try:
+            given = task.show(*one.args, **one.kwargs)
+        except Exception as error:  # of the user's own; what was trained is not lost to it
+            _log.warning("show() failed on example %d: %s", number + 1, error)
+            given = ""
         picture, text = (_png(given), "") if isinstance(given, Tensor) else ("", str(given))
     else:
         first = batch.args[0] if batch.args else next(iter(batch.kwargs.values()), None)

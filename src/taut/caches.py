@@ -36,6 +36,12 @@ def attend(layer: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[Ten
     if not isinstance(layer, nn.MultiheadAttention):
         found = layer(x)
         return found[0] if isinstance(found, tuple) else found, counted(x, cache)
+    if not layer.batch_first or layer.add_zero_attn or layer.bias_k is not None:
+        raise ValueError(
+            "attend takes an attention with batch_first=True, add_zero_attn=False and "
+            f"add_bias_kv=False, got batch_first={layer.batch_first}, add_zero_attn="
+            f"{layer.add_zero_attn} and add_bias_kv={layer.bias_k is not None}; run it whole"
+        )
     query, *new = _projected(layer, x)
     keys, values = new if cache is None else map(torch.cat, zip(cache, new, strict=True), (1, 1))
     steps, length = query.shape[1], keys.shape[1]

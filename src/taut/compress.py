@@ -295,7 +295,8 @@ class _Run:
             self.record["candidates"] = [c.to_json() for c in tried]
             self.record["chosen"] = chosen
             self.record["status"] = "done"
-            self.record["sensitivity"] = self.ground.sensitivity()
+            known = self.record.get("sensitivity", {})  # of before it was stopped
+            self.record["sensitivity"] = {**known, **self.ground.sensitivity()}
             self.save()
         return self.record
 

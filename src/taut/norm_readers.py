@@ -8,7 +8,7 @@ Where weights alone read y, its scales may move between the norm and them: no an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx
 
@@ -30,10 +30,10 @@ def norm_readers(
         if node.op != "call_function" or _op(node) not in _NORMS or len(node.args) < 3:
             continue
         weight = node.args[2]
-        alone = isinstance(weight, fx.Node) and weight in parameter and len(weight.users) == 1
-        readers = _readers(node, parameter) if alone and _dims(weight) == 1 else None
-        if readers:
-            found[parameter[weight]] = tuple(dict.fromkeys(readers))  # type: ignore[index]
+        if not _once(weight, parameter) or _dims(weight) != 1:
+            continue
+        if readers := _readers(node, parameter):
+            found[parameter[weight]] = tuple(dict.fromkeys(readers))
     return found
 
 
@@ -43,9 +43,9 @@ def _readers(node: fx.Node, parameter: Mapping[fx.Node, str]) -> list[str] | Non
     for user in node.users:
         weight = user.args[1] if len(user.args) > 1 else None
         if _op(user) == "linear" and user.args[0] is node:
-            if weight not in parameter or len(weight.users) > 1:  # type: ignore[union-attr]
+            if not _once(weight, parameter):
                 return None
-            found.append(parameter[weight])  # type: ignore[index]
+            found.append(parameter[weight])
         elif _op(user) in _SAME or _keeps_last(user):
             more = _readers(user, parameter)
             if more is None:
@@ -56,9 +56,15 @@ def _readers(node: fx.Node, parameter: Mapping[fx.Node, str]) -> list[str] | Non
     return found
 
 
+def _once(node: Any, parameter: Mapping[fx.Node, str]) -> TypeGuard[fx.Node]:
+    """Whether it is a parameter that a single operation reads."""
+    return isinstance(node, fx.Node) and node in parameter and len(node.users) == 1
+
+
 def _keeps_last(node: fx.Node) -> bool:
-    last = _dims(node) - 1
-    return _op(node) == "transpose" and not {d % (last + 1) for d in node.args[1:3]} & {last}  # type: ignore[operator]
+    swapped: Any = node.args[1:3]
+    dims = _dims(node)
+    return _op(node) == "transpose" and dims - 1 not in {d % dims for d in swapped}
 
 
 def _op(node: fx.Node) -> str:

@@ -153,11 +153,15 @@ def output_root(moments: Tensor) -> Tensor | None:
 def _sound_root(moments: Tensor, floor: float) -> Tensor:
     """The Cholesky factor of moments, with `floor` added to each eigenvalue.
 
-    Rounding in the sums may have left some a little below zero.
+    Rounding in the sums may have left some below zero by more than that: they count as zero.
     """
-    values, vectors = torch.linalg.eigh(moments)
-    root: Tensor = torch.linalg.cholesky((vectors * (values.clamp(min=0) + floor)) @ vectors.T)
-    return root
+    one = torch.eye(len(moments), dtype=moments.dtype)
+    root, failed = torch.linalg.cholesky_ex(moments + floor * one)
+    if int(failed):  # seldom: eigenvalues take ten times as long
+        values, vectors = torch.linalg.eigh(moments)
+        root = torch.linalg.cholesky((vectors * (values.clamp(min=0) + floor)) @ vectors.T)
+    found: Tensor = root
+    return found
 
 
 def _row_root(products: Sequence[Product], rows: int, columns: int) -> Tensor | None:

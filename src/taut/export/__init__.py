@@ -119,24 +119,29 @@ def export(
     (torch), .pte (ExecuTorch); to: the engine, where the name does not tell. example: an input, a
     tensor, a tuple, a dict or (args, kwargs); by default the task's. task: gives real samples to
     compare on, and the score. dynamic_batch, dynamic_length: whether the first and the second
-    dimension of the inputs take any size; never in ExecuTorch, which plans its memory ahead.
+    dimension of the inputs take any size; in ExecuTorch, which plans its memory ahead, none does.
     precision: of the floats in the file: float32, float16 or bfloat16; they are computed with as
     the engine likes. round_between: whether sums, pools and products between layers whose inputs
     are rounded read rounded numbers, too, so that the engine never leaves whole numbers
     (between.py); that takes a task, whose training data give the ranges. keep: whether layers for
     which Taut has an operation stay compressed in OpenVINO, which then needs Taut's library, put
-    beside the file: auto, where it can be built here; all, or else fail; none. about: what the file
-    is to tell of itself, as JSON.
+    beside the file: auto, where it can be built here; all, which fails where it cannot; none.
+    about: what the file is to tell of itself, as JSON.
 
     Raises ExportError for an engine that is not installed or lacks an operation, for a size that
     the network fixes, and for a file that does not agree: it is kept under another name then.
     """
     path = Path(path)
     target = target_of(path, to)
-    module = target.module()
     check_precision(precision)
+    if dynamic_length and not target.any_size:
+        raise ExportError(
+            f"export: files for {target.name} have a fixed length, got dynamic_length=True; leave "
+            "it out, and write a file for each length"
+        )
     check_keep(keep, target)
-    dynamic_batch, dynamic_length = (d and target.any_size for d in (dynamic_batch, dynamic_length))
+    module = target.module()
+    dynamic_batch = dynamic_batch and target.any_size
     if example is None and task is None:
         raise ExportError("export: give an example, the input of one forward, or a task")
     packed = packed_copy(net)

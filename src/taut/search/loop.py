@@ -428,8 +428,8 @@ class Searching:
         line = Frontier.of(timed_ones, original, self.task.better)
         best = line.best(self.goal, self.options.minimize)
         self.record |= {"best": best.to_json()}
-        if self.ground.curves:
-            self.record["sensitivity"] = self.ground.sensitivity()
+        known = self.record.get("sensitivity", {})  # of before it was stopped
+        self.record["sensitivity"] = {**known, **self.ground.sensitivity()}
         self._save()
         content = Path(best.path).read_bytes()
         path = self.folder / "net.taut"
