@@ -109,9 +109,10 @@ def fastest(
     """Time a network in every engine, and return it in the fastest.
 
     net: packed, with forms, or plain. example: an input, as `taut.export` takes it; batch: repeats
-    or cuts it to so many examples. threads: of each engine, by default PyTorch's. seconds: that
-    each is timed, in turns of a fifth. show: whether the table is printed. task: as `taut.export`
-    takes it: with its data, engines stay in whole numbers between layers whose inputs are rounded.
+    or cuts it to so many examples. threads: of each engine in the race, by default PyTorch's;
+    what is returned uses PyTorch's. seconds: that each is timed, in turns of a fifth. show: whether
+    the table is printed. task: as `taut.export` takes it: with its data, engines stay in whole
+    numbers between layers whose inputs are rounded.
 
     Raises ExportError where no engine could run it.
     """

@@ -1,4 +1,4 @@
-"""Latencies that can be compared: every network in turn, in a process that does nothing else."""
+"""Latencies that can be compared: all networks in one run, in a process that does nothing else."""
 
 from __future__ import annotations
 
