@@ -15,6 +15,7 @@ from conftest import digits_task, small_net
 import taut
 from taut.errors import GoalError, RunError, SearchError
 from taut.frontier import Frontier
+from taut.report import write_report
 from taut.search import jobs, loop, search
 from taut.search.study import Study
 from taut.types import Candidate, Measurement
@@ -95,7 +96,7 @@ def test_the_whole_frontier_is_timed_in_one_run(found):
 
 def test_the_report_is_written_and_tells_the_command(found):
     result, _ = found
-    page = taut.report.write_report(result, trained_net()).read_text("utf-8")
+    page = write_report(result, trained_net()).read_text("utf-8")
     assert "taut search task.py --goal" in page
     assert "--trials 8" in page
     assert "--techniques" in page
@@ -380,6 +381,36 @@ def test_killed_at_any_moment_it_loses_only_what_was_under_way(task_file, tmp_pa
     assert heard.epochs <= 2  # the one under way, and one more
     states = [t.state.name for t in optuna_trials(folder)]
     assert "RUNNING" not in states
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:///{}/study.db"])
+def test_a_trial_that_was_being_asked_for_is_given_up(tmp_path, url):
+    given = tmp_path, "digits", {}, ("score", "bytes"), "higher", url.format(tmp_path) or None
+    killed = Study(*given)
+    killed.optuna.ask()
+    killed.close()  # before the trial gets its owner
+    again = Study(*given)
+    assert again.adopt() == []
+    (trial,) = again.optuna.trials
+    again.close()
+    # another folder may be asking for it in a database that is shared
+    assert trial.state.name == ("RUNNING" if url else "FAIL")
+
+
+def test_a_trial_that_was_being_told_is_told_again(tmp_path):
+    given = tmp_path, "digits", {}, ("score", "bytes"), "higher"
+    killed = Study(*given)
+    trial = killed.ask(optuna.samplers.RandomSampler())
+    killed.accept(trial, "quantize(bits=8)")
+    trial.set_constraint("bytes", 0.5)
+    killed.close()  # before it told the rest
+    again = Study(*given)
+    (adopted,) = again.adopt()
+    again.rule_out(adopted, "too large", {"bytes": 0.5, "ms": 0.25})
+    (trial,) = again.optuna.trials
+    again.close()
+    assert trial.state.name == "PRUNED"
+    assert trial.constraints == {"bytes": 0.5, "ms": 0.25}
 
 
 def optuna_trials(folder):

@@ -166,8 +166,7 @@ class Study:
     def rule_out(self, trial: Trial, why: str, excess: Mapping[str, float]) -> None:
         """End a trial that is not worth a training; samplers learn that it breaks the bounds."""
         trial.set_user_attr(_WHY, why)
-        for axis, over in excess.items():
-            trial.set_constraint(axis, over)
+        _constrain(trial, excess)
         self.optuna.tell(trial, state=TrialState.PRUNED)
 
     @contextlib.contextmanager
@@ -179,21 +178,22 @@ class Study:
     def adopt(self) -> list[Trial]:
         """The trials of processes that died, which are this one's from now on, in order."""
         found = []
-        for frozen in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            owner = str(frozen.user_attrs.get(_OWNER, ""))
-            if not self._died(owner):
-                continue
-            trial = Trial(self.optuna, frozen._trial_id)
-            trial.set_user_attr(_OWNER, self.token)
-            if _RECIPE in frozen.user_attrs:
-                found.append(trial)
-            else:  # it was being asked for
-                self.optuna.tell(trial, state=TrialState.FAIL)
+        with self.asking():  # a trial without an owner is asked for by nobody of this folder now
+            for frozen in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                owner = str(frozen.user_attrs.get(_OWNER, ""))
+                if not (self._died(owner) if owner else self.url is None):
+                    continue
+                trial = Trial(self.optuna, frozen._trial_id)
+                trial.set_user_attr(_OWNER, self.token)
+                if _RECIPE in frozen.user_attrs:
+                    found.append(trial)
+                else:  # it was being asked for
+                    self.optuna.tell(trial, state=TrialState.FAIL)
         return found
 
     def _died(self, owner: str) -> bool:
         """Whether who wrote this is gone. Elsewhere than in this folder it cannot be told."""
-        if not owner or owner == self.token:
+        if owner == self.token:
             return False
         host_and_folder, _, name = owner.rpartition(" ")
         if host_and_folder != self.token.rpartition(" ")[0]:
@@ -218,14 +218,21 @@ class Study:
         """End a trial by what it came to."""
         trial.set_user_attr(_CANDIDATE, json.dumps(candidate.to_json()))
         trial.set_user_attr(_HISTORY, json.dumps(list(history)))
-        for bound in goal.bounds:
-            trial.set_constraint(bound.axis, bound.excess(candidate.measurement, original))
+        measured = candidate.measurement
+        _constrain(trial, {b.axis: b.excess(measured, original) for b in goal.bounds})
         self.optuna.tell(trial, values=list(values))
 
     def fail(self, trial: Trial, why: str) -> None:
         """End a trial that came to nothing."""
         trial.set_user_attr(_WHY, why)
         self.optuna.tell(trial, state=TrialState.FAIL)
+
+
+def _constrain(trial: Trial, excess: Mapping[str, float]) -> None:
+    told = trial.constraints  # by a process that was killed in the middle of telling
+    for axis, over in excess.items():
+        if axis not in told:
+            trial.set_constraint(axis, over)
 
 
 def recipe_of(trial: FrozenTrial | Trial) -> str:
