@@ -68,16 +68,20 @@ def brief(error: BaseException | str) -> str:
 
 
 def race(
-    entries: Sequence[Entry], inputs: Sequence[Tensor], folder: Path, threads: int, seconds: float
-) -> tuple[list[Time], dict[str, str]]:
-    """How long each takes, fastest first, in turns of a tenth of the seconds; and who fails."""
+    entries: Sequence[Entry], inputs: Sequence[Tensor], folder: Path, threads: int, seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[list[Time], dict[str, str]]:  # fmt: skip
+    """How long each takes, fastest first, in turns of a tenth of the seconds; and who fails.
+
+    environment: variables that all of them find set.
+    """
     torch.save(list(inputs), folder / "inputs.pt")
     failed: dict[str, str] = {}
     workers: list[tuple[Entry, _Worker]] = []
     times: list[list[float]] = []
     try:
         for entry in entries:
-            worker = _Worker(entry, folder / "inputs.pt", threads)
+            worker = _Worker(entry, folder / "inputs.pt", threads, environment or {})
             workers.append((entry, worker))
             times.append([])
             if worker.line() is None:
@@ -100,14 +104,16 @@ def race(
 class _Worker:
     """A process that runs one file and times it when it is told to."""
 
-    def __init__(self, entry: Entry, inputs: Path, threads: int) -> None:
+    def __init__(
+        self, entry: Entry, inputs: Path, threads: int, environment: Mapping[str, str]
+    ) -> None:
         self.log = entry.path.with_suffix(f".{entry.engine}.log")
         command = [sys.executable, __file__, entry.engine, str(entry.path), str(inputs)]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_FREEZING": "1"}
+        given = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_FREEZING": "1", **environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, text=True, env=env,
+                stderr=log, text=True, env={**os.environ, **given},
             )  # fmt: skip
 
     def line(self) -> str | None:
