@@ -19,6 +19,7 @@ from taut.fastest import ENGINES, race
 from taut.files import read_json, write_atomically
 from taut.modules import clone
 from taut.pack import load
+from taut.report_data import plural
 from taut.task import Task, load_task
 from taut.terminal import AsJson, out, print_json
 
@@ -187,7 +188,9 @@ def _print_exported(found: Exported) -> None:
     out.print(f"bytes   {found.size_bytes:,}", highlight=False)
     if found.library is not None:
         out.print(f"library {found.library}", highlight=False, soft_wrap=True)
-        out.print(f"kept    {len(found.kept)} layers compressed, by operations of the library")
+        out.print(
+            f"kept    {plural(len(found.kept), 'layer')} compressed, by the library's operations"
+        )
     elif found.decoded:
         out.print(f"layers that could stay compressed are decoded: {found.decoded}", markup=False)
     if found.agreement is not None:

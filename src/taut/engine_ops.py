@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from taut.activations import StepCode
 from taut.affine_weight import AffineWeight
 from taut.bit_weight import BitWeight
 from taut.hashed_weight import HashedWeight
@@ -82,7 +83,8 @@ def operation_of(layer: nn.Module) -> Operation | None:
     """What runs a packed layer; None for layers and weights that no operation takes.
 
     Linear layers of bits, indices, sparse rows and hashed buckets; convolutions in two dimensions
-    of bits whose inputs are bits, and of sparse rows.
+    of bits whose inputs are bits, and of sparse rows. Whole numbers of more than four bits with
+    inputs of eight have none: engines multiply those faster themselves.
     """
     if not isinstance(layer, Packed) or "weight" not in layer.packed:
         return None
@@ -90,6 +92,9 @@ def operation_of(layer: nn.Module) -> Operation | None:
     code = layer.input_code
     levels = None if code is None else code.kept_levels()
     if levels is not None and levels.takes_int8:
+        return None
+    wide = isinstance(weight, AffineWeight) and weight.bits > 4
+    if wide and isinstance(code, StepCode) and not code.dynamic:
         return None
     if isinstance(layer, nn.Linear):
         found = _linear(weight, levels)
