@@ -60,3 +60,34 @@ def test_a_tied_table_is_exported_once(recipe: str, tmp_path: Path) -> None:
     assert found.network is not None
     longer = torch.randint(0, 40, (3, 12))
     close(found.network(longer), net(longer))
+
+
+class Step(nn.Module):
+    """A step after others: a token [n, 1] and what is kept → scores, and what is kept now."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, token: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        state = tuple(zip(kept[::2], kept[1::2], strict=True))
+        scores, state = self.net.step(token, state)
+        return (scores, *[t for pair in state for t in pair])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "xml"])
+def test_a_generation_loop_runs_in_another_engine(suffix: str, tmp_path: Path) -> None:
+    if suffix == "xml":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net = compressed(TransformerLanguageModel(40, 16, 2, 2, context=16), "quantize(bits=4)")
+    scores, state = net.step(TOKENS[:1])
+    token = scores[:, :, -1].argmax(1, keepdim=True)
+    kept = [t for pair in state for t in pair]
+    found = taut.export(Step(net), tmp_path / f"step.{suffix}", (token, *kept), dynamic_length=True)
+    for _ in range(6):
+        scores, state = net.step(token, state)
+        theirs, *kept = found.network(token, *kept)
+        assert (theirs - scores).abs().max() < 0.03 * scores.abs().max()
+        assert kept[0].shape == state[0][0].shape
+        token = scores[:, :, -1].argmax(1, keepdim=True)

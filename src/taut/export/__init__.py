@@ -38,6 +38,7 @@ from taut.export.job import (
     at_least_two,
     bound,
     check_precision,
+    longest,
 )
 from taut.export.targets import LIBRARY, TARGETS, Runner, Target, check_keep, target_of
 from taut.kernels.openvino import extension
@@ -119,7 +120,8 @@ def export(
     (torch), .pte (ExecuTorch); to: the engine, where the name does not tell. example: an input, a
     tensor, a tuple, a dict or (args, kwargs); by default the task's. task: gives real samples to
     compare on, and the score. dynamic_batch, dynamic_length: whether the first and the second
-    dimension of the inputs take any size; in ExecuTorch, which plans its memory ahead, none does.
+    dimension of the inputs take any size (one step beside longer inputs, the next one after what is
+    kept of others, stays one); in ExecuTorch, which plans its memory ahead, none does.
     precision: of the floats in the file: float32, float16 or bfloat16; they are computed with as
     the engine likes. round_between: whether sums, pools and products between layers whose inputs
     are rounded read rounded numbers, too, so that the engine never leaves whole numbers
@@ -270,9 +272,8 @@ def resized(example: Example, batch: int) -> Example:
 
 
 def _longer(example: Example, dim: int) -> Example:
-    """The example with one more along a dimension, wherever its first input's size stands there."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim() > dim]
-    size = tensors[0].shape[dim]
+    """The example with one more along a dimension, wherever its largest size stands there."""
+    size = longest(example, dim)
 
     def more(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == size

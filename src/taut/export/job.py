@@ -57,10 +57,15 @@ class Job:
         return (0,) * self.dynamic_batch + (1,) * self.dynamic_length
 
     def refuse_fixed(self, name: str, shape: Iterable[object]) -> None:
-        """Raise ExportError where an input's shape fixes a dimension that was to be free."""
+        """Raise ExportError where an input's shape fixes a dimension that was to be free.
+
+        An input of one step beside longer ones keeps that: the next one of those that are kept.
+        """
         sizes = list(shape)
         for dim in (d for d in self.free if d < len(sizes)):
             size = getattr(sizes[dim], "value", sizes[dim])  # of ONNX's symbols
+            if str(size) == "1" and dim == 1 and longest(self.example, 1) > 1:
+                continue
             if str(size).isdigit():  # PyTorch's symbols may stand for one size only
                 what, option = (("batch", "dynamic_batch"), ("length", "dynamic_length"))[dim]
                 raise ExportError(
@@ -68,6 +73,12 @@ class Job:
                     f"give an example of the {what} to come and {option}=False, or take that size "
                     "out of the network"
                 )
+
+
+def longest(example: Example, dim: int) -> int:
+    """The largest size that an input has along a dimension; 0 where none has it."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim() > dim]
+    return max((t.shape[dim] for t in tensors), default=0)
 
 
 def check_precision(precision: str) -> None:
