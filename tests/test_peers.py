@@ -44,16 +44,22 @@ def test_without_openvino_the_rows_of_the_extension_say_so(monkeypatch):
     def missing(*_, **__):
         raise ImportError("No module named 'openvino'")
 
-    monkeypatch.setitem(extension.QUANTIZERS, "NNCF", missing)
+    for who in extension.QUANTIZERS:
+        monkeypatch.setitem(extension.QUANTIZERS, who, missing)
     monkeypatch.setattr(extension.taut, "export", missing)
     options = argparse.Namespace(quick=True, seed=0, only="extension: LeNet-5")
-    found = extension.figures(options)
-    assert [f.name.split(", ")[-1] for f in found] == [
-        "1 threads: latency beside NNCF's int8", "2 threads: latency beside NNCF's int8"
-    ]  # fmt: skip
-    for figure in found:
-        assert not figure.holds
-        assert figure.paper.startswith("Taut: ImportError: No module named 'openvino'; NNCF: Imp")
+    for tiles in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        found = extension.figures(options)
+        assert [f.name.split(", ", 3)[-1] for f in found] == [
+            f"{n} threads{limit}: latency beside the best peer's int8"
+            for n in (1, 2)
+            for limit in ("", ", no tiles")[: 1 + tiles]
+        ]
+        for figure in found:
+            assert not figure.holds
+            told = "Taut: ImportError: No module named 'openvino'; NNCF: ImportError"
+            assert figure.paper.startswith(told)
 
 
 def test_a_file_that_does_not_run_is_told_of(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -16,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from taut.errors import ExportError
 from taut.export.targets import Runner
+from taut.export.turns import Worker
 from taut.export.worker import runner
 
 TORCHAO = "torchao"  # a program that torchao's quantizer made, under torch.compile
@@ -77,62 +77,39 @@ def race(
     """
     torch.save(list(inputs), folder / "inputs.pt")
     failed: dict[str, str] = {}
-    workers: list[tuple[Entry, _Worker]] = []
+    workers: list[tuple[Entry, Worker]] = []
     times: list[list[float]] = []
     try:
         for entry in entries:
-            worker = _Worker(entry, folder / "inputs.pt", threads, environment or {})
+            worker = _worker(entry, folder / "inputs.pt", threads, environment or {})
             workers.append((entry, worker))
             times.append([])
             if worker.line() is None:
-                failed[entry.who] = worker.complaint()
+                failed[entry.who] = brief(worker.complaint())
         for _ in range(_ROUNDS):
             for (entry, worker), taken in zip(workers, times, strict=True):
-                if entry.who not in failed:
+                if entry.who in failed:
+                    continue
+                try:
                     taken += worker.go(seconds / _ROUNDS)
+                except ExportError as error:
+                    failed[entry.who] = brief(error)
     finally:
         for _, worker in workers:
             worker.stop()
     found = [
         Time(entry, statistics.median(taken), quartiles[2] - quartiles[0])
         for (entry, _), taken in zip(workers, times, strict=True)
-        if taken and (quartiles := statistics.quantiles(taken, n=4))
+        if entry.who not in failed and (quartiles := statistics.quantiles(taken, n=4))
     ]
     return sorted(found, key=lambda t: t.median_ms), failed
 
 
-class _Worker:
+def _worker(entry: Entry, inputs: Path, threads: int, environment: Mapping[str, str]) -> Worker:
     """A process that runs one file and times it when it is told to."""
-
-    def __init__(
-        self, entry: Entry, inputs: Path, threads: int, environment: Mapping[str, str]
-    ) -> None:
-        self.log = entry.path.with_suffix(f".{entry.engine}.log")
-        command = [sys.executable, __file__, entry.engine, str(entry.path), str(inputs)]
-        given = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_FREEZING": "1", **environment}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, text=True, env={**os.environ, **given},
-            )  # fmt: skip
-
-    def line(self) -> str | None:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip() or None
-
-    def go(self, seconds: float) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        found: list[float] = json.loads(self.line() or "[]")
-        return found
-
-    def complaint(self) -> str:
-        self.process.wait()
-        return brief((self.log.read_text().strip().splitlines() or ["no word"])[-1])
-
-    def stop(self) -> None:
-        self.process.communicate()
+    command = [sys.executable, __file__, entry.engine, str(entry.path), str(inputs), str(threads)]
+    given = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_FREEZING": "1", **environment}
+    return Worker(entry.who, command, entry.path.with_suffix(f".{entry.engine}.log"), given)
 
 
 def _runner(engine: str, path: Path, threads: int) -> Runner:

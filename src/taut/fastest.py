@@ -11,10 +11,7 @@ is not installed or that lacks an operation is told of, and takes no part.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -36,6 +33,7 @@ from taut.errors import ExportError, TautError, did_you_mean
 from taut.export import export, resized
 from taut.export.check import allowed, difference, length
 from taut.export.job import as_example, bound
+from taut.export.turns import Worker
 from taut.layers import packed_layers, run_dense
 from taut.pack import packed_copy
 from taut.task import Task
@@ -252,7 +250,7 @@ def _timed(
     torch.save(tensors, folder / "inputs.pt")
     threads = threads or torch.get_num_threads()
     most = allowed(packed, [given], "bfloat16")
-    workers = {engine: _Worker(engine, folder, threads) for engine in engines}
+    workers = {engine: _worker(engine, folder, threads) for engine in engines}
     times: dict[str, list[float]] = {}
     try:
         for engine, worker in workers.items():
@@ -277,39 +275,9 @@ def _timed(
     ]
 
 
-class _Worker:
+def _worker(engine: str, folder: Path, threads: int) -> Worker:
     """A process that runs one engine's file."""
-
-    def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        self.engine, self.log = engine, folder / f"{engine}.log"
-        given = [folder / _FILES[engine], folder / "inputs.pt", threads]
-        command = [sys.executable, "-m", "taut.export.worker", engine, *map(str, given)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            )  # fmt: skip
-
-    def line(self) -> str | None:
-        """Its next line; None where it has ended."""
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip() or None
-
-    def go(self, seconds: float) -> list[float]:
-        """The milliseconds of its runs in a turn."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        if (line := self.line()) is None:
-            raise ExportError(f"fastest: {self.engine} ended as it was timed: {self.complaint()}")
-        times: list[float] = json.loads(line)
-        return times
-
-    def complaint(self) -> str:
-        """The last that it said before it ended."""
-        self.process.wait()
-        return (self.log.read_text().strip().splitlines() or ["no word"])[-1][:300]
-
-    def stop(self) -> None:
-        """Let it end."""
-        self.process.communicate()
+    given = [folder / _FILES[engine], folder / "inputs.pt", threads]
+    command = [sys.executable, "-m", "taut.export.worker", engine, *map(str, given)]
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    return Worker(f"fastest: {engine}", command, folder / f"{engine}.log", environment)
