@@ -65,8 +65,14 @@ def test_halving_takes_a_third_of_the_epochs_or_less():
     alive, spent, before = count, 0, 0
     for rung in range(start, len(steps)):
         spent += alive * (steps[rung] - before)
-        alive, before = survivors(count, rung + 1), steps[rung]
+        last = rung + 2 == len(steps)
+        alive, before = survivors(count, rung + 1, last=last), steps[rung]
     assert spent <= count * 9 / 3
+
+
+def test_twice_as_many_train_to_the_end_where_they_were_chosen_twice():
+    assert [survivors(27, rung, last=True) for rung in (1, 2, 3)] == [9, 6, 2]
+    assert [survivors(27, rung) for rung in (1, 2, 3, 4)] == [9, 3, 1, 1]
 
 
 def test_hyperband_hedges():

@@ -46,9 +46,16 @@ def brackets(kind: str, epochs: int, eta: int = ETA) -> Iterator[tuple[int, int]
         yield math.ceil((top + 1) / (left + 1) * eta**left), start
 
 
-def survivors(count: int, rung: int, eta: int = ETA) -> int:
-    """How many of a bracket's `count` recipes go on after so many rungs of it, at least one."""
-    return max(1, count // int(eta**rung))
+def survivors(count: int, rung: int, last: bool = False, eta: int = ETA) -> int:
+    """How many of a bracket's `count` recipes go on after so many rungs of it, at least one.
+
+    last: whether they then train to the end. Unlike in the papers, which look for one recipe, twice
+    as many do, where they were chosen twice: a frontier is made of several.
+
+    >>> survivors(18, 1), survivors(18, 2), survivors(18, 2, last=True)
+    (6, 2, 4)
+    """
+    return max(1, (1 + (last and rung > 1)) * count // int(eta**rung))
 
 
 def ranked(points: Sequence[Sequence[float]]) -> list[int]:

@@ -298,7 +298,8 @@ class Searching:
                 [self._job(t, grown(recipe_of(t), steps[start : rung + 1])) for t in alive]
             )
             points = [self._point(outcomes[t.number]) for t in alive]
-            keep = survivors(count, rung - start + 1) if rung + 1 < len(steps) else 0
+            left = len(steps) - rung - 1
+            keep = survivors(count, rung - start + 1, last=left == 1) if left else 0
             best = [i for i in ranked(points) if outcomes[alive[i].number].candidate][:keep]
             for i, trial in enumerate(alive):
                 if i not in best:
