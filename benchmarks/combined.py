@@ -141,11 +141,11 @@ SUBJECTS = (
             *(f"prune_channels(ratio={r}) > {{1}} > code_length() > aim(size_bytes={b}) > {{2}}"
               for r, b in ((0.5, 12_000), (0.5, 6000), (0.6, 3500))),
             "merge_neurons(ratio=0.7) > {1} > code_length() > aim(size_bytes=8000) > {2}",
-            *(f"low_rank(energy={e}) > {{1}} > share_values(bits=4) > {{2}}"
-              for e in (0.9, 0.95, 0.98)),
-            "low_rank(energy=0.98) > {1} > learned_levels(bits=2) > {2}",
+            "low_rank(energy=0.9) > {1} > share_values(bits=4) > {2}",
             "low_rank(energy=0.9) > {1} > code_length() > aim(size_bytes=8000) > {2}",
             "prune_weights(sparsity=0.95) > {1} > code_length() > aim(size_bytes=5000) > {2}",
+            *(f"low_rank(energy={e}) > {{1}} > share_values(bits=4) > {{2}}" for e in (0.95, 0.98)),
+            "low_rank(energy=0.98) > {1} > learned_levels(bits=2) > {2}",
         ),
         published=tuple(
             Point(kind="published", name=name, size_bytes=size, score=score)
@@ -159,26 +159,28 @@ SUBJECTS = (
         name="LSTM", build=lambda: LstmLanguageModel(vocabulary(), 64, 128), task=verses,
         training=40, learning_rate=4e-3, strengths=3, most=3.0,
         recipes=(
-            *(PRUNED.format(s, f"quantize(bits={b})")
-              for s, b in ((0.3, 4), (0.4, 5), (0.7, 4), (0.9, 4))),
+            *(PRUNED.format(s, f"quantize(bits={b})") for s, b in ((0.7, 4), (0.9, 4))),
             PRUNED.format(0.85, "share_values(bits=4)"),
             *(f"prune_channels(ratio={r}) > {{1}} > code_length() > aim(size_bytes={b}) > {{2}}"
-              for r, b in ((0.05, 150_000), (0.25, 80_000), (0.5, 40_000))),
+              for r, b in ((0.25, 80_000), (0.5, 40_000))),
             "prune_channels(ratio=0.25) > {1} > quantize(bits=4) > {2}",
             "low_rank(energy=0.9) > {1} > code_length() > aim(size_bytes=60000) > {2}",
+            *(PRUNED.format(s, f"quantize(bits={b})") for s, b in ((0.3, 4), (0.4, 5))),
+            "prune_channels(ratio=0.05) > {1} > code_length() > aim(size_bytes=150000) > {2}",
         ),
     ),
     Subject(
         name="Transformer", build=lambda: TransformerLanguageModel(vocabulary(), 64, 4, 2, 64),
         task=verses, training=40, learning_rate=3e-3, strengths=3, most=3.0,
         recipes=(
-            *(PRUNED.format(s, f"quantize(bits={b})")
-              for s, b in ((0.3, 4), (0.3, 5), (0.5, 4), (0.8, 4))),
+            *(PRUNED.format(s, f"quantize(bits={b})") for s, b in ((0.5, 4), (0.8, 4))),
             PRUNED.format(0.7, "share_values(bits=4)"),
             *(f"prune_channels(ratio={r}) > {{1}} > code_length() > aim(size_bytes={b}) > {{2}}"
-              for r, b in ((0.05, 100_000), (0.15, 50_000), (0.3, 25_000))),
+              for r, b in ((0.15, 50_000), (0.3, 25_000))),
             "prune_channels(ratio=0.25) > {1} > quantize(bits=4) > {2}",
             "low_rank(energy=0.9) > {1} > code_length() > aim(size_bytes=40000) > {2}",
+            *(PRUNED.format(s, f"quantize(bits={b})") for s, b in ((0.3, 4), (0.3, 5))),
+            "prune_channels(ratio=0.05) > {1} > code_length() > aim(size_bytes=100000) > {2}",
         ),
     ),
 )  # fmt: skip
