@@ -49,7 +49,8 @@ def test_without_openvino_the_rows_of_the_extension_say_so(monkeypatch):
     monkeypatch.setattr(extension.taut, "export", missing)
     options = argparse.Namespace(quick=True, seed=0, only="extension: LeNet-5")
     for tiles in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        found_here = {"amx_tile": tiles}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found_here: found)
         found = extension.figures(options)
         assert [f.name.split(", ", 3)[-1] for f in found] == [
             f"{n} threads{limit}: latency beside the best peer's int8"

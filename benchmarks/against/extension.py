@@ -5,8 +5,8 @@ fastest of the peers that the row is asked against: the medians' ratio. The weig
 speed does not depend on them; every network is first compared with its packed form, as all exports
 are. Where a peer, OpenVINO or a compiler is missing a row says so, and cannot hold.
 
-Few processors multiply whole numbers by tiles (AMX), which makes int8 four times as fast and does
-nothing for bits. So a processor that does is timed a second time as one that does not, by the
+Few processors multiply whole numbers by tiles (AMX), which makes int8 much faster and does nothing
+for bits. So a processor that does is timed a second time as one that does not, by the
 limit that OpenVINO's library of kernels, oneDNN, takes from the environment.
 """
 
@@ -44,6 +44,9 @@ from taut.zoo.resnet import resnet_18
 NAME = "extension"
 OURS = "Taut"
 THREADS = (1, 2)
+Nets = tuple[
+    nn.Module, Callable[[], nn.Module], Tensor
+]  # compressed, how the dense one is made, an input
 NO_TILES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 SECONDS = 4.0  # that each is timed
 
@@ -85,7 +88,7 @@ def two_levels() -> LevelCode:
     )
 
 
-def binary_resnet(pixels: int) -> tuple[nn.Module, Callable[[], nn.Module], Tensor]:
+def binary_resnet(pixels: int) -> Nets:
     """ResNet-18 whose 3 × 3 convolutions are binary, and whose first and last layer are int8."""
 
     def dense() -> nn.Module:
@@ -109,9 +112,7 @@ def binary_resnet(pixels: int) -> tuple[nn.Module, Callable[[], nn.Module], Tens
     return net, dense, torch.randn(1, 3, pixels, pixels)
 
 
-def mlp(
-    width: int, weight: Callable[[Tensor], PackedWeight], bits: bool
-) -> tuple[nn.Module, Callable[[], nn.Module], Tensor]:
+def mlp(width: int, weight: Callable[[Tensor], PackedWeight], bits: bool) -> Nets:
     """784-width-width-10; bits: the inputs of the later layers have two levels."""
 
     def dense() -> nn.Module:
@@ -126,7 +127,7 @@ def mlp(
     return net, dense, torch.randn(1, 784)
 
 
-def lenet() -> tuple[nn.Module, Callable[[], nn.Module], Tensor]:
+def lenet() -> Nets:
     """LeNet-5 at 95 % sparsity, the values of five bits."""
 
     def dense() -> nn.Module:
@@ -144,7 +145,7 @@ def lenet() -> tuple[nn.Module, Callable[[], nn.Module], Tensor]:
 class Case:
     """A network, compressed and dense, and whose int8 its latency is asked against."""
 
-    make: Callable[[], tuple[nn.Module, Callable[[], nn.Module], Tensor]]
+    make: Callable[[], Nets]
     asked: float
     peers: Sequence[str] = tuple(QUANTIZERS)
 
@@ -176,7 +177,9 @@ def _compared(name: str, case: Case, seconds: float) -> Iterator[Figure]:
     batches = [torch.randn_like(x) for _ in range(8)]
     makers: dict[str, Make] = {OURS: partial(_ours, net, x)}
     makers |= {who: partial(QUANTIZERS[who], dense(), batches) for who in case.peers}
-    limits = {"": {}, ", no tiles": NO_TILES} if torch.cpu._is_amx_tile_supported() else {"": {}}
+    limits: dict[str, dict[str, str]] = {"": {}}
+    if torch.cpu.get_capabilities().get("amx_tile"):
+        limits[", no tiles"] = NO_TILES
     with TemporaryDirectory() as place:
         entries, failed = made(makers, Path(place))
         for threads, (limit, environment) in itertools.product(THREADS, limits.items()):

@@ -157,14 +157,14 @@ def _compared(
     net: Net, batch: int, threads: int, times: Sequence[Time], failed: dict[str, str]
 ) -> Iterator[Figure]:
     """The fastest export, whole and halved, beside the fastest of the peers."""
-    peers = [t for t in times if not t.entry.who.startswith(OURS)]
+    peers = [t.median_ms for t in times if not t.entry.who.startswith(OURS)]
     told = [*map(str, times), *(f"{who}: {why}" for who, why in failed.items())]
     print(f"{net.name}, batch {batch}: {'; '.join(told)}", flush=True)
     for kind, asked, what in ((OURS, 1.05, "int8"), (HALVED, 0.6, "MACs ÷ 2 and int8")):
         best = next((t.median_ms for t in times if t.entry.who.startswith(f"{kind} (")), math.inf)
         yield Figure(
             name=f"int8: {net.name}, batch {batch}: latency of {what} beside the best peer's int8",
-            paper="; ".join(told), ours=best / peers[0].median_ms, asked=asked,
+            paper="; ".join(told), ours=best / peers[0] if peers else math.inf, asked=asked,
             at_most=True, unit="×", command=INT8 if kind == OURS else f"{net.half} > {INT8}",
         )  # fmt: skip
 

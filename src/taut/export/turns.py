@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -35,8 +36,9 @@ class Worker:
     def go(self, seconds: float) -> list[float]:
         """The milliseconds of its runs in a turn. Raises ExportError where it has ended."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: so says the line that is missing
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
         if (line := self.line()) is None:
             raise ExportError(f"{self.name} ended as it was timed: {self.complaint()}")
         times: list[float] = json.loads(line)

@@ -55,7 +55,8 @@ def survivors(count: int, rung: int, last: bool = False, eta: int = ETA) -> int:
     >>> survivors(18, 1), survivors(18, 2), survivors(18, 2, last=True)
     (6, 2, 4)
     """
-    return max(1, (1 + (last and rung > 1)) * count // int(eta**rung))
+    several = 2 if last and rung > 1 else 1
+    return max(1, several * count // int(eta**rung))
 
 
 def ranked(points: Sequence[Sequence[float]]) -> list[int]:

@@ -229,7 +229,7 @@ class Study:
 
 
 def _constrain(trial: Trial, excess: Mapping[str, float]) -> None:
-    told = trial.constraints  # by a process that was killed in the middle of telling
+    told = trial.constraints  # by a process that was killed as it told; Optuna lets them stand
     for axis, over in excess.items():
         if axis not in told:
             trial.set_constraint(axis, over)
