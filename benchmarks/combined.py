@@ -186,9 +186,8 @@ SUBJECTS = (
 )  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     """Two figures a network; its points are kept."""
-    figures: list[Figure] = []
     for subject in SUBJECTS:
         if options.only.lower() not in subject.name.lower():
             continue
@@ -205,8 +204,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
                 "points": [asdict(p) for p in points],
             }  # fmt: skip
             (kept / f"{subject.name.lower()}.json").write_text(json.dumps(told, indent=1) + "\n")
-        figures += of(subject, points, better)
-    return figures
+        yield from of(subject, points, better)
 
 
 def tried(

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from taut.files import write_atomically
 from taut.machine import machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,15 +41,16 @@ class Figure:
 
 
 def run(
-    title: str, measure: Callable[[argparse.Namespace], list[Figure]], beside: str = "paper",
+    title: str, measure: Callable[[argparse.Namespace], Iterable[Figure]], beside: str = "paper",
     more: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:  # fmt: skip
     """Parse the options, measure, print the table, and keep or check the figures as asked.
 
     beside: the heading of the column with what each figure is compared with. more: adds options.
-    --quick: a tiny pass, whose figures mean nothing. --json PATH: the record. --check: exit 1,
-    naming the figure, when one falls short. --seed: of everything random. --only: some rows, which
-    take their place in a record that is there. Each row tells with what it was measured.
+    --quick: a tiny pass, whose figures mean nothing. --json PATH: the record, written with each
+    row, so that a run that is killed keeps those that it has. --check: exit 1, naming the figure,
+    when one falls short. --seed: of everything random. --only: some rows, which take their place
+    in a record that is there. Each row tells with what it was measured.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--quick", action="store_true", help="a tiny pass that CI runs")
@@ -61,24 +63,34 @@ def run(
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    figures = measure(options)
+    figures: list[Figure] = []
+    for figure in measure(options):
+        figures.append(figure)
+        if options.json:
+            _keep(title, beside, figures, options, whole=False)
     Console().print(_table(title, figures, beside))
     if options.json:
-        measured = {"seed": options.seed, "versions": versions(), "machine": machine()}
-        record: dict[str, Any] = {
-            "title": title,
-            "script": Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
-            "beside": beside,
-            "quick": options.quick,
-            "figures": [{**asdict(f), "holds": f.holds, "measured": measured} for f in figures],
-        }
-        if options.only and options.json.is_file():
-            record = joined(json.loads(options.json.read_text()), record)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        _keep(title, beside, figures, options, whole=not options.only)
     short = [f.name for f in figures if not f.holds]
     if options.check and short:
         sys.exit(f"falls short: {', '.join(short)}")
+
+
+def _keep(
+    title: str, beside: str, figures: Sequence[Figure], options: argparse.Namespace, whole: bool
+) -> None:
+    """Write the record: of these rows alone where they are all, else among those that are there."""
+    measured = {"seed": options.seed, "versions": versions(), "machine": machine()}
+    record: dict[str, Any] = {
+        "title": title,
+        "script": Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
+        "beside": beside,
+        "quick": options.quick,
+        "figures": [{**asdict(f), "holds": f.holds, "measured": measured} for f in figures],
+    }
+    if not whole and options.json.is_file():
+        record = joined(json.loads(options.json.read_text()), record)
+    write_atomically(options.json, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,10 +30,10 @@ def sections() -> list[ModuleType]:
     return [importlib.import_module(f"against.{s}") for s in found]
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     """The rows of all sections, or of those that --only names: by section, or by row."""
     named = [s for s in sections() if s.NAME in options.only] or sections()
-    return [f for s in named for f in s.figures(options)]
+    return (f for s in named for f in s.figures(options))
 
 
 if __name__ == "__main__":

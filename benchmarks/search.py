@@ -474,7 +474,7 @@ def scale(options: argparse.Namespace) -> Iterator[Figure]:
     )  # fmt: skip
 
 
-def measured(options: argparse.Namespace) -> list[Figure]:
+def measured(options: argparse.Namespace) -> Iterator[Figure]:
     """The figures whose names contain what was asked for."""
     parts: list[tuple[str, Callable[[argparse.Namespace], Iterator[Figure]]]] = [
         *((f"{n} samplers", lambda o, n=n: of_samplers(n, o)) for n in NETS),
@@ -482,7 +482,7 @@ def measured(options: argparse.Namespace) -> list[Figure]:
         ("overhead", overhead), ("workers", workers), ("scale", scale),
     ]  # fmt: skip
     wanted = [make for name, make in parts if options.only.lower() in name.lower()]
-    return [figure for make in wanted for figure in make(options)]
+    return (figure for make in wanted for figure in make(options))
 
 
 def kept_in(parser: argparse.ArgumentParser) -> None:

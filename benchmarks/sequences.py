@@ -27,7 +27,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -331,23 +331,21 @@ def _times(
 # ---- all ------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     torch.set_num_threads(1)
     for chatty in ("onnxscript", "onnx_ir", "nncf"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    figures: list[Figure] = []
     talkers = [t for t in TALKERS if options.only in t.name]
     task = language_task(options.quick) if talkers else None
     for talker in talkers:
         assert task is not None
-        figures += talks(talker, task, options)
+        yield from talks(talker, task, options)
     if options.only in "MiniLM":
         if options.quick:
             with tempfile.TemporaryDirectory() as folder:
-                figures += reads(options, Path(folder))
+                yield from reads(options, Path(folder))
         else:
-            figures += reads(options, ROOT / "runs" / "sequences" / "encoder")
-    return figures
+            yield from reads(options, ROOT / "runs" / "sequences" / "encoder")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,20 @@ def by_name(record):
     }
 
 
+def test_a_run_that_is_killed_keeps_its_rows_among_the_older_ones(bench, tmp_path, monkeypatch):
+    bench("--seed", "0")
+
+    def killed(options):
+        yield harness.Figure(name="first", paper="", ours=4.0, asked=5, at_most=True)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "x.py"), "--json", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        harness.run("x", killed)
+    assert [f["ours"] for f in json.loads(path.read_text())["figures"]] == [4.0, 2.0]
+
+
 def test_a_row_tells_what_it_was_measured_with(bench):
     record = bench("--seed", "3", threads=2)
     for figure in record["figures"]:

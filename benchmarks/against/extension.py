@@ -162,14 +162,12 @@ def cases(quick: bool) -> Mapping[str, Case]:
     }
 
 
-def figures(options: argparse.Namespace) -> list[Figure]:
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
     """The rows of this section: one for each network, number of threads and set of instructions."""
-    found: list[Figure] = []
     for name, case in cases(options.quick).items():
         if not options.only or options.only in f"{NAME}: {name}":
             torch.manual_seed(options.seed)
-            found += _compared(name, case, 0.2 if options.quick else SECONDS)
-    return found
+            yield from _compared(name, case, 0.2 if options.quick else SECONDS)
 
 
 def _compared(name: str, case: Case, seconds: float) -> Iterator[Figure]:

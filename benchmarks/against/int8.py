@@ -80,18 +80,16 @@ NETS = (
 )
 
 
-def figures(options: argparse.Namespace) -> list[Figure]:
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
     """The rows of this section."""
     for noisy in ("onnxscript", "onnx_ir", "torch.onnx", "taut"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    found = []
     for net in NETS[:1] if options.quick else NETS:
         if not options.only or options.only in f"int8: {net.name}":
-            found += _of_random_weights(net, options)
+            yield from _of_random_weights(net, options)
     for trained in TRAINED[:1] if options.quick else TRAINED:
         if not options.only or options.only in f"int8: {trained.name}":
-            found += scores(trained, options)
-    return found
+            yield from scores(trained, options)
 
 
 def settled(net: nn.Module, inputs: Inputs) -> nn.Module:

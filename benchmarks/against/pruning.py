@@ -33,9 +33,10 @@ TRACED = (("resnet_18", 64), ("densenet_121", 64))
 CUT = "prune_channels(ratio=0.5, of='macs', ranking='isomorphic')"
 
 
-def figures(options: argparse.Namespace) -> list[Figure]:
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
     """The rows of this section; without Torch-Pruning its column says so."""
-    return [*_coverage(options), *_speed(options), *_score(options)]
+    for part in (_speed, _score, _coverage):
+        yield from part(options)
 
 
 def library() -> ModuleType:

@@ -26,11 +26,6 @@ GOAL = "bytes<=4%, score>=-2%"
 TECHNIQUES = "prune_weights, share_values, quantize, low_rank"
 
 
-def figures(options: argparse.Namespace) -> list[Figure]:
-    """The rows of this section."""
-    return list(_figures(options))
-
-
 def _task() -> taut.Task:
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -43,7 +38,8 @@ def _task() -> taut.Task:
     )  # fmt: skip
 
 
-def _figures(options: argparse.Namespace) -> Iterator[Figure]:
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    """The rows of this section."""
     trials, seeds = (2, 1) if options.quick else (16, 3)
     torch.manual_seed(options.seed)
     task = _task()

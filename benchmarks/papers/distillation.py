@@ -117,7 +117,7 @@ def trained(
     recover = replace(plan.recover, epochs=1) if options.quick else plan.recover
     torch.manual_seed(options.seed)
     model = net(plan.width, plan.dropout)
-    weights = b"" if teacher is None else teacher[1].weight.detach().numpy().tobytes()
+    weights = b"" if teacher is None else teacher[1].weight.detach().cpu().numpy().tobytes()
     asked = xxhash.xxh3_64_hexdigest(f"{plan} {recover}".encode() + weights)
     kept = folder / f"{plan.name}-{asked}.pt"
     if kept.is_file():

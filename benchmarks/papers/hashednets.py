@@ -138,7 +138,9 @@ class Bench:
         recover = taut.Recover(
             epochs=epochs, learning_rate=RATE, distill=0.9 if teacher else 0.0, temperature=4.0
         )
-        taught = b"" if teacher is None else next(teacher.parameters()).detach().numpy().tobytes()
+        taught = (
+            b"" if teacher is None else next(teacher.parameters()).detach().cpu().numpy().tobytes()
+        )
         asked = xxhash.xxh3_64_hexdigest(f"{model} {recover}".encode() + taught)
         kept = self.folder / f"{name.replace('/', '-').replace(' ', '_')}-{asked}.pt"
         self.commands[name] = str(recover)
@@ -179,11 +181,12 @@ class Bench:
         return self.error(loaded), size
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
-            return list(figures(Bench(options, Path(folder))))
-    return list(figures(Bench(options, ROOT / "runs" / f"hashednets-{options.seed}")))
+            yield from figures(Bench(options, Path(folder)))
+    else:
+        yield from figures(Bench(options, ROOT / "runs" / f"hashednets-{options.seed}"))
 
 
 def figures(bench: Bench) -> Iterator[Figure]:

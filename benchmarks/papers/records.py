@@ -15,7 +15,7 @@ import functools
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,12 +142,10 @@ RECORDS = (
 )  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
-    figures: list[Figure] = []
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     for record in RECORDS:
         if options.only in record.name:
-            figures += _figures(record, options)
-    return figures
+            yield from _figures(record, options)
 
 
 def _figures(record: Record, options: argparse.Namespace) -> list[Figure]:
