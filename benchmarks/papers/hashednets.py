@@ -18,7 +18,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,16 +40,28 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """How the dense net teaches: for how long, the dropout of the hashed net, and the loss."""
+
+    epochs: int
+    dropout: tuple[float, float]
+    temperature: float = 4.0
+    share: float = 0.9
+
+
+@dataclass(frozen=True)
 class Setting:
     """A row of the paper's tables: the depth, what is kept, and its errors in per cent.
 
-    dropout: of the inputs and of the hidden units, while the hashed nets train. errors: of WAYS.
+    dropout: of the inputs and of the hidden units, while the hashed net trains alone. errors: of
+    WAYS.
     """
 
     layers: int
     parts: int
     epochs: int
     dropout: tuple[float, float]
+    lesson: Lesson
     errors: tuple[float, ...]
 
     @property
@@ -67,10 +79,14 @@ class Setting:
 
 WAYS = ("RER", "low rank", "equal size", "equal size, distilled", "hashed", "hashed, distilled")
 SETTINGS = (
-    Setting(3, 8, 30, (0.1, 0.4), (2.19, 1.89, 1.69, 1.71, 1.45, 1.43)),
-    Setting(3, 64, 30, (0.0, 0.2), (15.03, 28.99, 6.28, 6.32, 2.79, 2.65)),
-    Setting(5, 64, 5, (0.0, 0.1), (3.20, 28.11, 2.69, 2.16, 1.99, 1.92)),
-)
+    Setting(3, 8, 30, (0.1, 0.4), Lesson(50, (0.0, 0.1)), (2.19, 1.89, 1.69, 1.71, 1.45, 1.43)),
+    Setting(3, 64, 30, (0.0, 0.2), Lesson(30, (0.0, 0.2)), (15.03, 28.99, 6.28, 6.32, 2.79, 2.65)),
+    Setting(
+        5, 64, 20, (0.0, 0.1), Lesson(30, (0.0, 0.1), 2.0, 0.5),
+        (3.20, 28.11, 2.69, 2.16, 1.99, 1.92),
+    ),
+)  # fmt: skip
+TEACHER = 60  # epochs of the dense nets
 ASKED = {
     "3 layers, 1/8: hashed": 1.6,
     "3 layers, 1/64: hashed": 3.2,
@@ -131,13 +147,16 @@ class Bench:
         self.commands: dict[str, str] = {}
 
     def trained(
-        self, name: str, model: nn.Module, epochs: int, teacher: nn.Module | None = None
+        self, name: str, model: nn.Module, how: int | Lesson, teacher: nn.Module | None = None
     ) -> nn.Module:
-        """The net trained, alone or taught by another, or as it was kept."""
-        epochs = 1 if self.options.quick else epochs
-        recover = taut.Recover(
-            epochs=epochs, learning_rate=RATE, distill=0.9 if teacher else 0.0, temperature=4.0
-        )
+        """The net trained, alone for some epochs or taught by another, or as it was kept."""
+        recover = (
+            taut.Recover(epochs=how, learning_rate=RATE, distill=0.0) if isinstance(how, int)
+            else taut.Recover(epochs=how.epochs, learning_rate=RATE, distill=how.share,
+                              temperature=how.temperature)
+        )  # fmt: skip
+        if self.options.quick:
+            recover = replace(recover, epochs=1)
         taught = (
             b"" if teacher is None else next(teacher.parameters()).detach().cpu().numpy().tobytes()
         )
@@ -162,10 +181,10 @@ class Bench:
         """Of the test images, in per cent."""
         return 100 * (1 - self.task.evaluate(model))
 
-    def hashed(self, setting: Setting) -> nn.Module:
+    def hashed(self, setting: Setting, dropout: tuple[float, float]) -> nn.Module:
         """The wide net whose weights a hash draws, before training."""
         technique = HashWeights(ratio=1 / setting.parts, init="random")
-        return taut.apply(self.built(setting.sizes, setting.dropout), technique, self.task)
+        return taut.apply(self.built(setting.sizes, dropout), technique, self.task)
 
     def built(self, sizes: list[int], dropout: tuple[float, float] = (0.0, 0.0)) -> nn.Module:
         torch.manual_seed(self.options.seed)
@@ -197,21 +216,21 @@ def figures(bench: Bench) -> Iterator[Figure]:
         if setting.layers not in teachers:
             teacher = bench.built(setting.sizes, (0.2, 0.5))
             name = f"{setting.layers} layers, dense"
-            teachers[setting.layers] = bench.trained(name, teacher, setting.epochs)
+            teachers[setting.layers] = bench.trained(name, teacher, TEACHER)
             print(f"{name}: {bench.error(teacher):.2f} %", flush=True)
         yield from rows(bench, setting, teachers[setting.layers])
 
 
 def rows(bench: Bench, setting: Setting, teacher: nn.Module) -> Iterator[Figure]:
     """The columns of one row of the tables, then what the hashed net is held to."""
-    epochs, small = setting.epochs, narrow(setting)
+    lesson, small = setting.lesson, narrow(setting)
     prune = PruneWeights(sparsity=1 - 1 / setting.parts, scope="layer", criterion="random")
     torch.manual_seed(bench.options.seed)
     factors = low_rank(setting.sizes, setting.parts)
     edges = taut.apply(bench.built(setting.sizes), prune, bench.task)
     nets = {
-        "hashed": (bench.hashed(setting), None),
-        "hashed, distilled": (bench.hashed(setting), teacher),
+        "hashed": (bench.hashed(setting, setting.dropout), None),
+        "hashed, distilled": (bench.hashed(setting, lesson.dropout), teacher),
         "equal size": (bench.built(small), None),
         "equal size, distilled": (bench.built(small), teacher),
         "RER": (edges, None),
@@ -220,7 +239,7 @@ def rows(bench: Bench, setting: Setting, teacher: nn.Module) -> Iterator[Figure]
     errors, sizes = {}, {}
     for way, (model, taught) in nets.items():
         name = f"{setting.name}: {way}"
-        bench.trained(name, model, epochs, taught)
+        bench.trained(name, model, setting.epochs if taught is None else lesson, taught)
         if way.startswith("hashed"):
             errors[way], sizes[way] = bench.from_file(model, setting)
         else:
