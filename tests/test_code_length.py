@@ -121,6 +121,30 @@ def test_weights_are_whole_multiples_of_a_step_that_bfloat16_holds(trained, task
     assert chain(plain, traced.site("0.bias")) is None
 
 
+def test_few_weights_far_outside_are_kept_and_packed(trained, task, tmp_path):
+    model = clone(trained)
+    weight = model[0].weight
+    spread = float(weight.detach().square().mean().sqrt())
+    with torch.no_grad():
+        weight[3, 5], weight[7, 1] = 80 * spread, -60 * spread
+    net, _ = coded(model, task, resolution=0.25, vectors=False)
+    assert abs(float(net[0].weight.detach()[3, 5]) / (80 * spread) - 1) < 0.01
+    taut.pack(net, tmp_path / "net.taut")
+    packed = taut.load(tmp_path / "net.taut", small_net())
+    assert inspect(tmp_path / "net.taut").tensors[0].format == "integers.v2"
+    x = next(iter(task.batches("test"))).args[0]
+    for dense in (True, False):
+        run_dense(packed, dense)
+        torch.testing.assert_close(packed(x), net.eval()(x).detach(), rtol=0, atol=1e-3)
+
+
+def test_many_weights_far_outside_end_at_127():
+    core = torch.linspace(-300, 300, 601)
+    whole = Rounded(torch.tensor(0.0))(core).detach()
+    assert float(whole.abs().max()) == 127
+    assert torch.equal(whole, core.clamp(-127, 127))
+
+
 def test_the_steps_gradient_is_lsqs():
     form = Rounded(torch.tensor(0.25).log())
     core = torch.tensor([0.3, -0.45, 0.05])

@@ -28,7 +28,7 @@ from taut.pack import inspect, load
 from taut.packed import FORMATS, PackedWeight, Plain
 from taut.pattern_weights import BlockWeight, NOfMWeight
 from taut.sparse_weight import SparseWeight
-from taut.techniques.code_length import Integers
+from taut.techniques.code_length import FarIntegers, Integers
 from taut.techniques.factor_weights import FactoredWeight
 from taut.techniques.share_values import SharedValues
 
@@ -62,6 +62,17 @@ def shared(*shape: int) -> PackedWeight:
 
 def integers(*shape: int) -> PackedWeight:
     return Integers((numbers(*shape) * 16).long(), torch.tensor(0.0625))
+
+
+def far_numbers(*shape: int) -> Tensor:
+    """The same, but for the first, which lies far outside."""
+    found = numbers(*shape)
+    found.view(-1)[0] = -56.25
+    return found
+
+
+def far_integers(*shape: int) -> PackedWeight:
+    return FarIntegers((far_numbers(*shape) * 16).long(), torch.tensor(0.0625))
 
 
 def sparse_shared(*shape: int) -> PackedWeight:
@@ -255,6 +266,7 @@ WRITTEN = {
     "codes": plain,
     "sparse": sparse,
     "shared_values": shared,
+    "far_integers": far_integers,
     "integers": integers,
     "affine": affine,
     "sparse_shared": sparse_shared,
@@ -272,6 +284,7 @@ MEANT = {
     "codes": numbers,
     "sparse": lambda *shape: numbers(*shape) * mask(*shape),
     "shared_values": lambda *shape: TABLE[index(torch.Size(shape).numel())].reshape(shape),
+    "far_integers": far_numbers,
     "integers": numbers,
     "affine": dense_affine,
     "sparse_shared": dense_sparse_shared,
@@ -291,6 +304,7 @@ NODES: dict[str, Any] = {
     "codes": ["plain.v1"],
     "sparse": ["sparse.v1", {}, {"values": ["plain.v1"]}],
     "shared_values": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
+    "far_integers": ["integers.v2"],
     "integers": ["integers.v1"],
     "affine": [
         "affine.v1",
@@ -466,6 +480,7 @@ def test_the_account_of_a_golden_file(name: str) -> None:
     again = int(mask(kept).sum())
     expected = {
         "bits": 440, "plain": 400, "codes": 400, "sparse": 400 + kept, "shared_values": 405,
+        "far_integers": 403 + len(far_numbers(20, 20).unique()),
         "integers": 404, "sparse_sparse": 400 + kept + again, "n_of_m_shared": 400 + 200 + 5,
         "affine": 440, "blocks": 100 + int(block_mask(20, 20).sum()), **structures.COUNTS,
         "hashed": 4 + 9, "hashed_together": 4, "low_rank": 2 * 40 + 5,

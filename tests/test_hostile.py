@@ -122,6 +122,16 @@ def scaled(low: int, high: int, step: bytes, *numbers: int) -> bytes:
     return weight(["integers.v1"], coder.finish())
 
 
+def far(step: bytes, gaps: list[int], index: list[int]) -> bytes:
+    """A file whose weight is such numbers, each told by its distance from the last, less one."""
+    coder, count = Encoder(), len(gaps)
+    coder.plain("scale", np.frombuffer(bytes([count - 1]) + step, np.uint8), 1, 3)
+    coder.integers("numbers", np.array(gaps, np.int64), count)
+    coder.symbols("index", np.resize(np.array(index, np.int64), 12), count, 12)
+    coder.plain("bias", np.zeros(6, np.uint8), 2, 3)
+    return weight(["integers.v2"], coder.finish())
+
+
 NAN = '[["weight",[3,4],["plain.v1",{"as":NaN}]]]'
 HUGE = 10**300
 DRY = b"\x99" * 24  # a stream too short for what is claimed
@@ -255,6 +265,12 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "step_zero": (scaled(0, 1, b"\0\0", 0, 1), "steps above 0, got .* and 0.0"),
     "step_nan": (scaled(0, 1, b"\xc0\x7f", 0, 1), "steps above 0, got .* and nan"),
     "integers_unfilled": (scaled(-1, 2, ONE, 0, 1), r"do not fill \[-1, 2\]"),
+    "far_near": (far(ONE, [0, 126], [0, 1]), "lies beyond 127 .* up to 127"),
+    "far_falling": (far(ONE, [400, -300], [0, 1]), "integers.v2: numbers rise"),
+    "far_too_far": (far(ONE, [0, 32767], [0, 1]), "within 32767, .* up to 32768"),
+    "far_endless": (far(ONE, [2**62, 2**62], [0, 1]), "within 32767"),
+    "far_step": (far(b"\0\0", [0, 127], [0, 1]), "steps are above 0, got .* and 0.0"),
+    "far_unused": (far(ONE, [0, 0, 200], [0, 2]), "of its 3 numbers some do not occur"),
     # ---- the stream
     "stream_missing": (weight(SHARED), "the coded stream"),
     "stream_random": (weight(PLAIN, bytes(range(7, 47))), "the coded stream"),
@@ -433,8 +449,9 @@ JSON = st.recursive(
     max_leaves=12,
 )  # fmt: skip
 NODES = st.recursive(
-    st.sampled_from([None, "", "float32", "bfloat16", "int64"]).map(
-        lambda p: PLAIN if p is None else ["integers.v1"] if p == "" else ["plain.v1", {"as": p}]
+    st.sampled_from(
+        [PLAIN, ["integers.v1"], ["integers.v2"]]
+        + [["plain.v1", {"as": p}] for p in ("float32", "bfloat16", "int64")]
     ),
     lambda inner: st.one_of(
         st.builds(lambda v: ["sparse.v1", {}, {"values": v}], inner),

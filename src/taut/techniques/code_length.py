@@ -10,7 +10,9 @@ cost there, one on its way further what a longer number costs: the expected leng
 noise of one step, in closed form. So rows and columns that are nearly empty become empty, and whole
 neurons go.
 
-W: any shape, seen as [out, in]; step: one number for each site, stored as bfloat16; q: |q| <= 127.
+W: any shape, seen as [out, in]; step: one number for each site, stored as bfloat16; q: |q| <= 127,
+but for the few weights far outside that pretrained Transformers have and cannot do without: where
+all that occur are 256 numbers at most, those reach 32767.
 
 Oktay, Ballé, Singh, Shrivastava: Scalable Model Compression by Entropy Penalized Reparameterization
 (ICLR 2020); the noise is that of Ballé, Laparra, Simoncelli (ICLR 2017), the step's gradient that
@@ -42,7 +44,8 @@ from taut.technique import option, register_step
 from taut.trace import Trace
 from taut.types import Site
 
-MOST = 127
+MOST, FARTHEST = 127, 32767
+ENTRIES = 256
 
 
 @register_step
@@ -124,17 +127,27 @@ class Rounded(Form):
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         step = self.step().detach()
-        q = _whole(core / step).to(torch.int8)
+        q = _whole(core / step).to(torch.int16)
         if keep is not None:
-            return Integers(q[keep], step)
+            return _packed(q[keep], step)
         mask = q != 0
         if q.dim() < 2 or 2 * int(mask.sum()) > q.numel():
-            return Integers(q, step)
-        return SparseWeight(mask, Integers(q[mask], step))
+            return _packed(q, step)
+        return SparseWeight(mask, _packed(q[mask], step))
 
 
 def _whole(scaled: Tensor) -> Tensor:
-    return scaled.detach().round().clamp(-MOST, MOST)
+    """The nearest whole numbers that a file can hold."""
+    q = scaled.detach().round()
+    if not q.numel() or float(q.abs().amax()) <= MOST:
+        return q
+    q = q.clamp_(-FARTHEST, FARTHEST)
+    return q if q.unique().numel() <= ENTRIES else q.clamp_(-MOST, MOST)  # type: ignore[no-untyped-call]
+
+
+def _packed(q: Tensor, step: Tensor) -> PackedWeight:
+    far = q.numel() and int(q.abs().amax()) > MOST
+    return FarIntegers(q, step) if far else Integers(q, step)
 
 
 class _Rounding(torch.autograd.Function):
@@ -280,4 +293,56 @@ class Integers(IndexedWeight):
         found = cls(torch.from_numpy(index).reshape(shape) + low, step)
         if (found.low, found.count) != (low, count):
             raise FormatError(f"integers.v1: its numbers do not fill [{low}, {high}]")
+        return found
+
+
+@register_format("integers.v2")
+class FarIntegers(IndexedWeight):
+    """Whole numbers times a step, of which some lie beyond 127.
+
+    q: [*shape], in [-32767, 32767], at most 256 different ones; step: a scalar, a bfloat16.
+    numbers: those that occur, rising, [n] int32.
+    """
+
+    numbers: Tensor
+    step: Tensor
+
+    def __init__(self, q: Tensor, step: Tensor) -> None:
+        numbers, index = q.cpu().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        super().__init__(index, len(numbers))
+        self.register_buffer("numbers", numbers.to(torch.int32))
+        self.register_buffer("step", step.detach().to("cpu", torch.bfloat16).reshape(()))
+
+    def entries(self) -> Tensor:
+        return self.numbers * self.step.float()
+
+    def write(self, coder: Coder) -> None:
+        numbers = self.numbers.cpu().to(torch.int64).numpy()
+        steps = self.step.cpu().view(torch.int16).numpy().astype("<i2").tobytes()
+        scale = np.array([len(numbers) - 1], "u1").tobytes() + steps
+        coder.plain("scale", np.frombuffer(scale, np.uint8), 1, 3)
+        gaps = np.diff(numbers, prepend=numbers[:1]) - (np.arange(len(numbers)) > 0)
+        gaps[0] = numbers[0]
+        coder.integers("numbers", gaps, len(numbers))
+        index = self.index.cpu().flatten().to(torch.int64).numpy()
+        coder.symbols("index", index, len(numbers), self.numel)
+
+    @classmethod
+    def read(cls, coder: Coder, shape: tuple[int, ...], meta: Meta, child: ReadChild) -> Self:
+        scale = coder.plain("scale", None, 1, 3)
+        count = 1 + int(scale[0])
+        step = torch.frombuffer(bytearray(scale[1:]), dtype=torch.bfloat16)[0]
+        gaps = coder.integers("numbers", None, count).astype(object)  # sums may be of any size
+        numbers = np.cumsum(gaps + (np.arange(count) > 0))
+        far = max(abs(n) for n in numbers)
+        if bool((gaps[1:] < 0).any()) or not MOST < far <= FARTHEST or not 0 < float(step) < 1e38:
+            raise FormatError(
+                "integers.v2: numbers rise, the farthest lies beyond 127 and within 32767, and "
+                f"steps are above 0, got numbers up to {far} and {float(step)}"
+            )
+        index = coder.symbols("index", None, count, math.prod(shape))
+        known = torch.tensor(numbers.astype(np.int64))
+        found = cls(known[torch.from_numpy(index)].reshape(shape), step)
+        if len(found.numbers) != count:
+            raise FormatError(f"integers.v2: of its {count} numbers some do not occur")
         return found
