@@ -143,12 +143,21 @@ def talks(talker: Talker, task: taut.Task, options: argparse.Namespace) -> list[
 # ---- MiniLM ---------------------------------------------------------------------------------
 
 ENCODER = (
-    "quantize(bits=5, only='*word_embeddings*')",
-    "quantize(bits=4, method='lsq', only='!*word_embeddings*')",
+    "code_length(resolution=0.4, vectors=False, only='*word_embeddings*')",
+    "code_length(resolution=0.16, vectors=False, only='!*word_embeddings*')",
 )
 """Weights alone: what NNCF's row keeps shows what eight bits for inputs cost."""
 
-TRAINED = f"{FAST} > recover(epochs=2, learning_rate=1e-4, distill=0)"
+
+def trained(layers: int) -> str:
+    """How the encoder in few bits learns to answer as before: by what each layer says, too."""
+    matched = ", ".join(f"bert.encoder.layer.{i}.output" for i in range(layers))
+    return (
+        f"distillation(features='{matched}') > {FAST} > "
+        "recover(epochs=2, learning_rate=1.5e-5, distill=0)"
+    )
+
+
 SENTENCES, LENGTH = 6000, 64
 
 
@@ -226,11 +235,11 @@ def compressed(module: ModuleType, original: nn.Module, path: Path, seed: int) -
     traced = taut.trace(original, task.example())
     for step in ENCODER:
         net = taut.apply(net, step, few, traced)
-    training_recipe = recipe_of(TRAINED, quick=len(pairs) < 10)
+    training_recipe = recipe_of(trained(module.LAYERS), quick=len(pairs) < 10)
     last = training_recipe.steps[-1]
     assert isinstance(last, taut.Recover)
     settings = training_recipe.settings(len(training_recipe.steps) - 1)
-    taut.recover(net, task, last, settings=settings)
+    taut.recover(net, task, last, settings=settings, teacher=original)
     taut.pack(net, path)
 
 
@@ -289,7 +298,7 @@ def reads(options: argparse.Namespace, folder: Path) -> list[Figure]:
 def _size_and_answers(
     module: ModuleType, path: Path, agree: dict[str, float], before: Tensor, after: Tensor
 ) -> list[Figure]:
-    command = " > ".join((*ENCODER, TRAINED))
+    command = " > ".join((*ENCODER, trained(module.LAYERS)))
     weights = (module.folder / "model.safetensors").stat().st_size
     small = path.stat().st_size
     data = movie_lines()
