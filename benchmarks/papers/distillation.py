@@ -155,7 +155,7 @@ def trained(
     if kept.is_file():
         model.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        settings = [Training(average=1)]  # the last epoch counts, whatever its score
+        settings = [Training(precision="bfloat16", average=1)]  # the last epoch counts
         if teacher is not None and not plan.mixed:
             settings.append(Distillation(cache=str(folder / "outputs")))
         taut.recover(
