@@ -10,8 +10,7 @@ stopped goes on with the next net.
 Where we differ: on the images as they are, which is a row of its own, our student recovers less of
 the gap, for it learns the teacher's answers to them by heart. So it is also asked what the teacher
 says to mixtures of two images, for many epochs and without labels, after Beyer, Zhai, Royer and
-others: Knowledge distillation: A good teacher is patient and consistent (CVPR 2022). That this
-helps was seen with another seed.
+others: Knowledge distillation: A good teacher is patient and consistent (CVPR 2022).
 """
 
 from __future__ import annotations
