@@ -94,6 +94,14 @@ LINEAR = {
         lambda: shared((9, 40), 16), lambda: StepCode(torch.tensor([0.02]), -127, 127),
         "LookupMatmul",
     ),
+    "whole numbers": (
+        lambda: affine((17, 133), 4, 17), lambda: StepCode(torch.tensor([0.02]), -127, 127),
+        "LookupMatmulInt8",
+    ),
+    "whole numbers above zero": (
+        lambda: affine((10, 300), 3, 10), lambda: StepCode(torch.tensor([0.01]), 0, 127),
+        "LookupMatmulInt8",
+    ),
     "sparse": (lambda: sparse((33, 70)), None, "SparseMatmul"),
     "sparse halves": (lambda: sparse((15, 31), "float16"), None, "SparseMatmul"),
     "sparse, shared": (lambda: sparse((17, 100), "shared"), None, "SparseMatmul"),

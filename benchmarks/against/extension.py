@@ -64,11 +64,17 @@ def signs(weight: Tensor) -> BitWeight:
     )
 
 
-def whole(weight: Tensor) -> AffineWeight:
-    """A weight as int8, each row with a step of its own."""
-    steps = weight.abs().flatten(1).amax(1) / 127
-    numbers = (weight / steps.reshape(-1, *[1] * (weight.dim() - 1))).round() + 128
-    return AffineWeight(numbers.long(), 8, Plain.of(steps, "float32"), torch.tensor(256))
+def whole(weight: Tensor, bits: int = 8) -> AffineWeight:
+    """A weight as whole numbers of so many bits, each row with a step of its own."""
+    middle = 2 ** (bits - 1)
+    steps = weight.abs().flatten(1).amax(1) / (middle - 1)
+    numbers = (weight / steps.reshape(-1, *[1] * (weight.dim() - 1))).round() + middle
+    return AffineWeight(numbers.long(), bits, Plain.of(steps, "float32"), torch.tensor(2 * middle))
+
+
+def eight_bits(at: int) -> StepCode:
+    """Whole numbers, above zero behind a ReLU. at: the place of the layer."""
+    return StepCode(torch.tensor([0.03]), 0 if at else -127, 127)
 
 
 def sparse(weight: Tensor, kept: float, bits: int) -> SparseWeight:
@@ -112,8 +118,10 @@ def binary_resnet(pixels: int) -> Nets:
     return net, dense, torch.randn(1, 3, pixels, pixels)
 
 
-def mlp(width: int, weight: Callable[[Tensor], PackedWeight], bits: bool) -> Nets:
-    """784-width-width-10; bits: the inputs of the later layers have two levels."""
+def mlp(
+    width: int, weight: Callable[[Tensor], PackedWeight], code: Callable[[int], InputCode | None]
+) -> Nets:
+    """784-width-width-10. code: what the layer at a place reads."""
 
     def dense() -> nn.Module:
         layers = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
@@ -122,8 +130,7 @@ def mlp(width: int, weight: Callable[[Tensor], PackedWeight], bits: bool) -> Net
     net = dense()
     for at in (0, 2, 4):
         layer = net.get_submodule(str(at))
-        code = two_levels() if bits and at else None
-        pack_layer(layer, {"weight": weight(layer.get_parameter("weight").detach())}, code)
+        pack_layer(layer, {"weight": weight(layer.get_parameter("weight").detach())}, code(at))
     return net, dense, torch.randn(1, 784)
 
 
@@ -156,8 +163,10 @@ def cases(quick: bool) -> Mapping[str, Case]:
     name = f"MLP 784-{width}-{width}-10"
     return {
         "ResNet-18, binary 3×3, int8 ends": Case(lambda: binary_resnet(pixels), 0.7, ["NNCF"]),
-        f"{name}, 4-bit values": Case(lambda: mlp(width, lambda w: shared(w, 4), False), 0.8),
-        f"{name}, 1 bit": Case(lambda: mlp(width, signs, True), 0.8),
+        f"{name}, 4-bit values": Case(lambda: mlp(width, lambda w: whole(w, 4), eight_bits), 0.8),
+        f"{name}, 1 bit": Case(
+            lambda: mlp(width, signs, lambda at: two_levels() if at else None), 0.8
+        ),
         "LeNet-5, 95 % sparse, 5-bit values": Case(lenet, 0.8),
     }
 

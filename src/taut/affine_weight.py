@@ -21,7 +21,7 @@ from taut.packed import Meta, PackedWeight, Pair, ReadChild, register_format
 
 _MOST_PLANES = 4  # beyond it whole numbers are multiplied faster than bits are counted
 _GROUP = 128  # columns of which lookup_matmul takes multiples
-_EXACT = 131_071  # columns that lookup_matmul_int8 takes
+EXACT = 131_071  # columns that lookup_matmul_int8 takes
 _NARROW = 128  # columns below which windows of int8 take longer than those of floats
 
 
@@ -130,7 +130,7 @@ class AffineWeight(IndexedWeight):
         return lookup_matmul(x, self.codes, self.row_tables(), self.bits, width)
 
     def matmul_int8(self, x: Tensor, step: Tensor) -> Tensor | None:
-        if not (self.single or self.by_row) or x.shape[-1] > _EXACT:
+        if not (self.single or self.by_row) or x.shape[-1] > EXACT:
             return None
         return self._whole_product(x, self.codes) * step
 
@@ -145,7 +145,7 @@ class AffineWeight(IndexedWeight):
     ) -> Tensor | None:
         """Windows whose inputs stand last, so that a row of a window is copied at once."""
         columns = math.prod(self.shape[1:])
-        if groups > 1 or not (self.single or self.by_row) or not _NARROW <= columns <= _EXACT:
+        if groups > 1 or not (self.single or self.by_row) or not _NARROW <= columns <= EXACT:
             return None
         kernel = (*(1,) * (4 - len(self.shape)), *self.shape[2:])
         if self._inputs_last is None:

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from taut.activations import StepCode
-from taut.affine_weight import AffineWeight
+from taut.activations import InputCode, StepCode
+from taut.affine_weight import EXACT, AffineWeight
 from taut.bit_weight import BitWeight
 from taut.hashed_weight import HashedWeight
 from taut.indexed_weight import IndexedWeight
@@ -30,8 +30,8 @@ from taut.sparse_weight import SparseWeight
 
 DOMAIN = "taut"
 NAMES = (
-    "BitplaneMatmul", "BitplaneConv2d", "LookupMatmul", "HashedMatmul", "SparseMatmul",
-    "SparseConv2d",
+    "BitplaneMatmul", "BitplaneConv2d", "LookupMatmul", "LookupMatmulInt8", "HashedMatmul",
+    "SparseMatmul", "SparseConv2d",
 )  # fmt: skip
 """Of all the operations."""
 
@@ -97,7 +97,8 @@ def operation_of(layer: nn.Module) -> Operation | None:
     if wide and isinstance(code, StepCode) and not code.dynamic:
         return None
     if isinstance(layer, nn.Linear):
-        found = _linear(weight, levels)
+        found = _whole_numbers(weight, code) if levels is None else None
+        found = found or _linear(weight, levels)
     elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
         found = None if isinstance(layer.padding, str) else _convolution(layer, weight, levels)
     else:
@@ -109,12 +110,25 @@ def operation_of(layer: nn.Module) -> Operation | None:
         name=name, out=weight.shape[0], numbers=numbers, arrays=arrays,
         scale=_row_scale(weight) if name == "LookupMatmul" else None,
         bias=layer.bias,
-        rounds=code is not None and not numbers.get("input_planes"),
+        rounds=code is not None and not numbers.get("input_planes") and "low" not in numbers,
         channels_last=name == "BitplaneConv2d",
     )  # fmt: skip
 
 
 Found = tuple[str, Numbers, tuple[Tensor, ...]]
+
+
+def _whole_numbers(weight: PackedWeight, code: InputCode | None) -> Found | None:
+    """Whole numbers times whole numbers; the operation rounds its input itself."""
+    if not isinstance(weight, AffineWeight) or not isinstance(code, StepCode) or code.dynamic:
+        return None
+    steps, (out, columns) = _row_scale(weight), weight.shape
+    if steps is None or weight.bits > 4 or code.high > 127 or not 0 < columns <= EXACT or not out:
+        return None
+    numbers = {"in": columns, "bits": weight.bits, "low": code.low, "high": code.high}
+    table = (torch.arange(2**weight.bits) - 2 ** (weight.bits - 1)).to(torch.int8)
+    arrays = (weight.codes, table, steps * code.step, code.step)
+    return "LookupMatmulInt8", numbers, arrays
 
 
 def _linear(weight: PackedWeight, levels: Levels | None) -> Found | None:

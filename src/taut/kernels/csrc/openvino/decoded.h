@@ -1,9 +1,13 @@
-// lookup_matmul and hashed_matmul in OpenVINO: weights as indices (lookup/lookup.h), or drawn from
+// lookup_matmul, lookup_matmul_int8 and hashed_matmul in OpenVINO: weights as indices
+// (lookup/lookup.h), those times whole numbers (lookup_int8/lookup_int8.h), or weights drawn from
 // buckets by a hash (hashed/hashed.h).
 #pragma once
 
+#include <vector>
+
 #include "hashed/hashed.h"
 #include "lookup/lookup.h"
+#include "lookup_int8/lookup_int8.h"
 #include "openvino/product.h"
 
 namespace taut {
@@ -50,6 +54,60 @@ class LookupMatmulOp : public Product<LookupMatmulOp> {
  private:
   int64_t in_ = 0, bits_ = 1, tables_ = 1, group_ = 1;
   Lookup k_{};
+};
+
+// It rounds x itself: n = nearest(x / step) in [low, high], y = scale · Σ n · table.
+class LookupMatmulInt8Op : public Product<LookupMatmulInt8Op> {
+ public:
+  OPENVINO_OP("LookupMatmulInt8", "taut");
+  void take(const LookupMatmulInt8Op& other) {
+    in_ = other.in_, bits_ = other.bits_, low_ = other.low_, high_ = other.high_;
+  }
+
+  void visit(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("in", in_);
+    visitor.on_attribute("bits", bits_);
+    visitor.on_attribute("low", low_);
+    visitor.on_attribute("high", high_);
+  }
+
+  void read(Arrays& arrays) {
+    check("in", in_, 1, kLookupInt8Columns);
+    check("bits", bits_, 1, 8);
+    check("low", low_, -128, 0);
+    check("high", high_, 1, 127);
+    k_.in = in_, k_.out = out_, k_.bits = int(bits_), k_.table_stride = 0;
+    k_.words = lookup_words(in_, int(bits_));
+    k_.codes = arrays.next<uint32_t>("codes", {out_, k_.words});
+    k_.table = reinterpret_cast<const int8_t*>(
+        arrays.next<uint8_t>("table", {int64_t(1) << bits_}));
+    k_.scale = arrays.next<float>("steps of rows", {out_});
+    step_ = *arrays.next<float>("step", {1});
+    NODE_VALIDATION_CHECK(this, step_ > 0, "taut: step must be above 0, got ", step_);
+  }
+
+  ov::PartialShape shape(const ov::PartialShape& x) const { return linear_shape(x, in_, out_); }
+
+  void run(const Call& c) const {
+    thread_local std::vector<int8_t> whole;
+    auto k = k_;
+    k.batch = rows_of(c.x_shape), k.y = c.y;
+    whole.resize(size_t(k.batch * in_));
+    constexpr float magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to a whole number
+    const float low = float(low_), high = float(high_);
+    for (size_t i = 0; i < whole.size(); ++i) {
+      const float n = std::min(std::max(c.x[i] / step_, low), high);
+      whole[i] = int8_t(int32_t(n + magic - magic));
+    }
+    k.x = whole.data();
+    choose(kLookupInt8Variants, cpu_flags()).run(k, on_openvino);
+    finish(c.y, c.beside, k.batch, 1);
+  }
+
+ private:
+  int64_t in_ = 0, bits_ = 1, low_ = 0, high_ = 0;
+  float step_ = 1;
+  LookupInt8 k_{};
 };
 
 class HashedMatmulOp : public Product<HashedMatmulOp> {
