@@ -3,6 +3,7 @@
 // buckets by a hash (hashed/hashed.h).
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "hashed/hashed.h"
@@ -96,7 +97,7 @@ class LookupMatmulInt8Op : public Product<LookupMatmulInt8Op> {
     constexpr float magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to a whole number
     const float low = float(low_), high = float(high_);
     for (size_t i = 0; i < whole.size(); ++i) {
-      const float n = std::min(std::max(c.x[i] / step_, low), high);
+      const float n = std::min(high, std::max(low, c.x[i] / step_));  // NaN becomes low
       whole[i] = int8_t(int32_t(n + magic - magic));
     }
     k.x = whole.data();
