@@ -409,7 +409,7 @@ def overhead(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def workers(options: argparse.Namespace) -> Iterator[Figure]:
-    """Two workers against one, the same trials; a worker's start counts."""
+    """Two workers against one, the same trials."""
     on = bench("LeNet-5", options.quick)
     seconds = {}
     for count in (1, 2):
@@ -417,8 +417,8 @@ def workers(options: argparse.Namespace) -> Iterator[Figure]:
             search = Searching(
                 on.model, on.task, Goal.parse(on.goal),
                 globals()["options"](
-                    trials=4 if options.quick else TRIALS, batch=4, workers=count,
-                    sampler="random", epochs=SHORT,
+                    trials=4 if options.quick else 12, batch=4, workers=count, sampler="random",
+                    epochs=SHORT,
                 ),
                 folder, False, None,
             )  # fmt: skip
