@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,11 +59,18 @@ def test_searches_beside_random_and_grid():
 
 def test_pruning_beside_torch_pruning():
     needed(fashion_mnist)
-    halved, seconds, score = pruning.figures(QUICK)
+    seconds, *scores, halved = pruning.figures(QUICK)
     assert halved.ours == 3
     assert seconds.ours > 0
-    assert 0 <= score.ours <= 100
-    assert score.name.startswith("pruning: ResNet-8, Fashion-MNIST, accuracy at ")
+    for score, name in zip(scores, pruning.SCORED, strict=True):
+        assert 0 <= score.ours <= 100
+        assert score.name.startswith(f"pruning: {name}, Fashion-MNIST, accuracy at ")
+
+
+def test_who_does_not_answer_in_time_has_failed():
+    assert pruning.within(30, lambda: "done") == "done"
+    assert pruning.within(0.2, lambda: str(time.sleep(60))) == "no answer in 0.2 s"
+    assert pruning.within(30, lambda: os._exit(1)) == "its process died"
 
 
 def test_a_pruner_that_is_not_installed_stands_in_the_rows(monkeypatch):
