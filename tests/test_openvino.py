@@ -226,6 +226,9 @@ BAD = {
     "count": ("sparse", {"count": -5}, "no sparse weight has -5 values"),
     "absurd": ("sparse", {"in": 2**28}, "more than 2\\*\\*27 columns"),
     "columns": ("sparse", {"in": 71}, "must have 71 columns"),
+    "whole, low": ("whole numbers", {"low": -129}, r"low must lie in \[-128, 0\]"),
+    "whole, high": ("whole numbers", {"high": 128}, r"high must lie in \[1, 127\]"),
+    "whole, in": ("whole numbers", {"in": 2**17}, "in must lie in"),
 }
 
 
@@ -268,6 +271,17 @@ def test_bad_constants_throw(core, case):
     change, said = BAD_CONSTANTS[case]
     with pytest.raises(RuntimeError, match=said):
         core.read_model(damaged("sparse", change))
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan")])
+def test_a_step_that_is_none_throws(core, step):
+    def change(raw):
+        raw = raw.clone()
+        raw[-64:-60] = torch.tensor([step]).view(torch.uint8)
+        return raw
+
+    with pytest.raises(RuntimeError, match="step must be above 0"):
+        core.read_model(damaged("whole numbers", change))
 
 
 def test_starts_that_fall_throw(core):

@@ -44,9 +44,8 @@ from taut.zoo.resnet import resnet_18
 NAME = "extension"
 OURS = "Taut"
 THREADS = (1, 2)
-Nets = tuple[
-    nn.Module, Callable[[], nn.Module], Tensor
-]  # compressed, how the dense one is made, an input
+# compressed, how the dense one is made, an input
+Nets = tuple[nn.Module, Callable[[], nn.Module], Tensor]
 NO_TILES = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 SECONDS = 4.0  # that each is timed
 

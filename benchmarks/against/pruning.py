@@ -99,8 +99,9 @@ def survives(net: Net, halve: Callable[[Net, nn.Module], nn.Module]) -> str:
 
 def within(seconds: float, answer: Callable[[], str]) -> str:
     """What a function answers in a process of its own, or that it did not in time."""
-    receives, sends = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: sends.send(answer()))
+    forked = multiprocessing.get_context("fork")
+    receives, sends = forked.Pipe(duplex=False)
+    process = forked.Process(target=lambda: sends.send(answer()))
     process.start()
     sends.close()
     try:

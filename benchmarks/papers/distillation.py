@@ -8,9 +8,9 @@ epoch counts: the test images choose nothing. The nets are kept in runs/, so tha
 stopped goes on with the next net.
 
 Where we differ: on the images as they are, which is a row of its own, our student recovers less of
-the gap, for it learns the teacher's answers to them by heart. So it is also asked what the teacher
-says to mixtures of two images, for many epochs and without labels, after Beyer, Zhai, Royer and
-others: Knowledge distillation: A good teacher is patient and consistent (CVPR 2022).
+the gap. So it is also asked what the teacher says to mixtures of two images, for many epochs and
+without labels, after Beyer, Zhai, Royer and others: Knowledge distillation: A good teacher is
+patient and consistent (CVPR 2022).
 """
 
 from __future__ import annotations

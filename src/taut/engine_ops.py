@@ -29,8 +29,9 @@ from taut.packed import PackedWeight
 from taut.sparse_weight import SparseWeight
 
 DOMAIN = "taut"
+WHOLE = "LookupMatmulInt8"  # which rounds its input itself
 NAMES = (
-    "BitplaneMatmul", "BitplaneConv2d", "LookupMatmul", "LookupMatmulInt8", "HashedMatmul",
+    "BitplaneMatmul", "BitplaneConv2d", "LookupMatmul", WHOLE, "HashedMatmul",
     "SparseMatmul", "SparseConv2d",
 )  # fmt: skip
 """Of all the operations."""
@@ -110,7 +111,7 @@ def operation_of(layer: nn.Module) -> Operation | None:
         name=name, out=weight.shape[0], numbers=numbers, arrays=arrays,
         scale=_row_scale(weight) if name == "LookupMatmul" else None,
         bias=layer.bias,
-        rounds=code is not None and not numbers.get("input_planes") and "low" not in numbers,
+        rounds=code is not None and not numbers.get("input_planes") and name != WHOLE,
         channels_last=name == "BitplaneConv2d",
     )  # fmt: skip
 
@@ -128,7 +129,7 @@ def _whole_numbers(weight: PackedWeight, code: InputCode | None) -> Found | None
     numbers = {"in": columns, "bits": weight.bits, "low": code.low, "high": code.high}
     table = (torch.arange(2**weight.bits) - 2 ** (weight.bits - 1)).to(torch.int8)
     arrays = (weight.codes, table, steps * code.step, code.step)
-    return "LookupMatmulInt8", numbers, arrays
+    return WHOLE, numbers, arrays
 
 
 def _linear(weight: PackedWeight, levels: Levels | None) -> Found | None:

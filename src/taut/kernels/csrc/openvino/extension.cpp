@@ -30,4 +30,5 @@ Extensions extensions_of() {
 
 OPENVINO_CREATE_EXTENSIONS(
     (extensions_of<taut::BitplaneMatmulOp, taut::BitplaneConv2dOp, taut::LookupMatmulOp,
-                   taut::LookupMatmulInt8Op, taut::HashedMatmulOp, taut::SparseMatmulOp, taut::SparseConv2dOp>()));
+                   taut::LookupMatmulInt8Op, taut::HashedMatmulOp, taut::SparseMatmulOp,
+                   taut::SparseConv2dOp>()));
