@@ -1,19 +1,18 @@
 """The search: trials and training until a goal is met, tournaments, overhead, workers, scale.
 
-LeNet-5 and ResNet-8 on 1,000 images of Fashion-MNIST, in bfloat16. Goal: 3 % of the bytes, at most
-half a point of accuracy lost. Searches differ by luck, so each is repeated with five seeds; what a
-recipe came to is kept, in the folder that --keep names or for this run, and none is trained twice:
-the epochs that are counted are those of the searches, whether or not the training was remembered.
-Searches end where the goal is met. Tournaments are held among recipes drawn at random, each of
-which was trained to the end, from rung to rung. Nothing is timed in these; overhead, workers and
-scale are measured on whole searches.
+LeNet-5 and ResNet-8 on 1,000 and 5,000 images of Fashion-MNIST, in bfloat16, the latter trained
+for two epochs only. Goal: 3 % of the bytes, at most half a point of accuracy lost. Searches differ
+by luck, so each is repeated with five seeds; what a recipe came to is kept, in the folder that
+--keep names or for this run, and none is trained twice: the epochs that are counted are those of
+the searches, whether or not the training was remembered. Searches end where the goal is met.
+Tournaments are held among recipes drawn at random, each of which was trained to the end, from rung
+to rung. Nothing is timed in these; overhead, workers and scale are measured on whole searches.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import math
 import random
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,13 +32,9 @@ from torch import nn
 
 import taut
 from taut.data import Batches, fashion_mnist, images
-from taut.files import write_atomically
 from taut.goal import Goal
 from taut.measure import tensor_bytes
-from taut.modules import clone
-from taut.pack import load, pack
 from taut.pattern import Pattern
-from taut.recipe import Recipe
 from taut.report import write_report
 from taut.search.halving import hypervolume, rungs
 from taut.search.jobs import Job, Outcome
@@ -52,7 +47,7 @@ from taut.search.samplers import sampler
 from taut.search.space import Space
 from taut.statistics import Curve, Statistics
 from taut.technique import techniques
-from taut.trial import Ground, Trial, fingerprint
+from taut.trial import Ground
 from taut.types import Candidate, Measurement, Site
 from taut.watch import Watch
 from taut.zoo import LeNet5
@@ -60,15 +55,28 @@ from taut.zoo.resnet import ResNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import Figure, run
+from kept_trials import Kept, Known
 
 EPOCHS, TRIALS, SEEDS = 9, 40, 5
-SHORT = 3  # epochs of a trial where searches are compared
 DRAWN, ENTERED = 24, 18  # recipes that were trained to the end, and those of one tournament
 SETTINGS = "training(precision='bfloat16')"
 TECHNIQUES = "prune_weights, share_values, quantize, code_length, low_rank"
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "LeNet-5": LeNet5,
-    "ResNet-8": lambda: ResNet(8, in_channels=1, stride=2),
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to compress: its training images, its own training, that of a short trial."""
+
+    build: Callable[[], nn.Module]
+    images: int
+    epochs: int
+    short: int
+    """Epochs of a trial where searches are compared."""
+
+
+NETS = {
+    "LeNet-5": Subject(LeNet5, images=1000, epochs=20, short=3),
+    "ResNet-8": Subject(lambda: ResNet(8, in_channels=1, stride=2), images=5000, epochs=2, short=6),
 }
 
 
@@ -96,7 +104,8 @@ class Bench:
 @functools.cache
 def bench(name: str, quick: bool) -> Bench:
     """The network, trained on the subset."""
-    count, epochs = (300, 1) if quick else (1000, 20)
+    subject = NETS[name]
+    count, epochs = (300, 1) if quick else (subject.images, subject.epochs)
     data = fashion_mnist()
     x = images(data.train_images[: count + 500], 0.2860, 0.3530)
     y = data.train_labels[: count + 500]
@@ -107,80 +116,14 @@ def bench(name: str, quick: bool) -> Bench:
         test=Batches(*test, 1000), learning_rate=1e-2, name=name.lower(),
     )  # fmt: skip
     torch.manual_seed(0)
-    net = NETS[name]()
+    net = subject.build()
     options = taut.Recover(epochs=epochs, learning_rate=2e-3, distill=0.0, weight_decay=0.1)
     taut.recover(net, task, options, settings=settings_of(SETTINGS))
     score = task.evaluate(net.eval())
     return Bench(name, net, task, score)
 
 
-# ---- trials whose outcomes are kept ----------------------------------------------------------
-
-
-class Untimed(Trial):
-    """A trial of which only bytes and score are measured."""
-
-    def _measure(self) -> Candidate:
-        path = self.folder / "net.taut"
-        size = pack(self.model, path, self.run.precision)
-        score = self.task.evaluate(load(path, clone(self.run.model)))
-        measurement = Measurement(
-            score=score, size_bytes=size, parameters=0, nonzero_parameters=0, macs=0,
-            effective_macs=0,
-        )  # fmt: skip
-        return Candidate(
-            recipe=str(self.recipe),
-            measurement=measurement,
-            path=str(path),
-            epochs=sum(s.epochs for s in self.recipe.steps if isinstance(s, taut.Recover)),
-        )
-
-
-class Kept(Pool):
-    """Does a job once in all searches of a network, and remembers what it came to."""
-
-    def __init__(self, ground: Ground, known: Known) -> None:
-        self.ground, self.known = ground, known
-        self.queue: list[Job] = []
-
-    def submit(self, job: Job) -> None:
-        self.queue.append(job)
-
-    def next(self) -> tuple[Job, Outcome]:
-        job = self.queue.pop(0)
-        if job.recipe not in self.known:
-            self.known.add(job.recipe, self._tried(job))
-        outcome = Outcome.from_json(self.known[job.recipe])
-        if outcome.candidate is not None:  # a search only counts what has a file
-            path = Path(job.folder) / "net.taut"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        return job, outcome
-
-    def _tried(self, job: Job) -> Outcome:
-        try:
-            trial = Untimed(self.ground, Recipe.parse(job.recipe), Path(job.folder))
-            return Outcome(candidate=trial.go())
-        except Exception as error:  # as in any search
-            return Outcome(error=f"{type(error).__name__}: {error}")
-
-
-class Known(dict[str, dict[str, Any]]):
-    """Outcomes by recipe, as JSON, on disk where a folder is named."""
-
-    def __init__(self, on: Bench, folder: Path | None) -> None:
-        super().__init__()
-        weights = fingerprint(on.model)
-        self.path = folder / f"{on.name.lower()}-{weights}.json" if folder else None
-        if self.path is not None and self.path.is_file():
-            self.update(json.loads(self.path.read_text()))
-
-    def add(self, recipe: str, outcome: Outcome) -> None:
-        self[recipe] = outcome.to_json()
-        found = outcome.candidate.measurement if outcome.candidate else outcome.error
-        logging.info("%d: %s: %s", len(self), recipe, found)
-        if self.path is not None:
-            write_atomically(self.path, json.dumps(self, indent=0).encode())
+# ---- searches of trials whose outcomes are kept -----------------------------------------------
 
 
 class UntilMet(Searching):
@@ -294,9 +237,9 @@ def volume(found: Sequence[Candidate], original: Measurement) -> float:
 def of_samplers(name: str, options: argparse.Namespace) -> Iterator[Figure]:
     """Bayesian search against random search."""
     on = bench(name, options.quick)
-    known = Known(on, options.keep)
+    known = Known(name, on.model, options.keep)
     seeds = range(options.seed, options.seed + (1 if options.quick else SEEDS))
-    trials, epochs = (2, 1) if options.quick else (TRIALS, SHORT)
+    trials, epochs = (2, 1) if options.quick else (TRIALS, NETS[name].short)
     met = {
         kind: [
             until_met(*searched(UntilMet, on, known, seed=s, trials=trials, sampler=kind,
@@ -321,7 +264,7 @@ def of_samplers(name: str, options: argparse.Namespace) -> Iterator[Figure]:
 def of_tournaments(name: str, options: argparse.Namespace) -> Iterator[Figure]:
     """Successive halving against training all to the end."""
     on = bench(name, options.quick)
-    known = Known(on, options.keep)
+    known = Known(name, on.model, options.keep)
     count, enter, epochs = (3, 3, 3) if options.quick else (DRAWN, ENTERED, EPOCHS)
     steps, every = rungs(epochs), drawn(on, count, options.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -418,7 +361,7 @@ def workers(options: argparse.Namespace) -> Iterator[Figure]:
                 on.model, on.task, Goal.parse(on.goal),
                 globals()["options"](
                     trials=4 if options.quick else 12, batch=4, workers=count, sampler="random",
-                    epochs=SHORT,
+                    epochs=NETS[on.name].short,
                 ),
                 folder, False, None,
             )  # fmt: skip

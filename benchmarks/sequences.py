@@ -142,10 +142,8 @@ def talks(talker: Talker, task: taut.Task, options: argparse.Namespace) -> list[
 
 # ---- MiniLM ---------------------------------------------------------------------------------
 
-ENCODER = (
-    "code_length(resolution=0.4, vectors=False, only='*word_embeddings*')",
-    "code_length(resolution=0.16, vectors=False, only='!*word_embeddings*')",
-)
+TABLE = "code_length(resolution=0.16, by_use=True, vectors=False, only='*word_embeddings*')"
+LAYERS = "code_length(resolution=0.095, rounding='gptq', vectors=False, only='!*word_embeddings*')"
 """Weights alone: what NNCF's row keeps shows what eight bits for inputs cost."""
 
 
@@ -158,7 +156,7 @@ def trained(layers: int) -> str:
     )
 
 
-SENTENCES, LENGTH = 6000, 64
+SENTENCES, LENGTH = 20_000, 64
 
 
 def example_module(quick: bool) -> ModuleType:
@@ -231,10 +229,11 @@ def compressed(module: ModuleType, original: nn.Module, path: Path, seed: int) -
     task = taut.Task(train=shuffled, test=chooses, loss=module.loss, score=module.score)
     torch.manual_seed(seed)
     net = module.model()
-    few = taut.Task(train=training[::40], test=chooses, loss=module.loss, score=module.score)
     traced = taut.trace(original, task.example())
-    for step in ENCODER:
-        net = taut.apply(net, step, few, traced)
+    # how often words are read is learnt from all sentences, what layers meet from some
+    for step, some in ((TABLE, training), (LAYERS, training[::16])):
+        data = taut.Task(train=some, test=chooses, loss=module.loss, calibration=len(pairs) * 32)
+        net = taut.apply(net, step, data, traced)
     training_recipe = recipe_of(trained(module.LAYERS), quick=len(pairs) < 10)
     last = training_recipe.steps[-1]
     assert isinstance(last, taut.Recover)
@@ -279,7 +278,7 @@ def reads(options: argparse.Namespace, folder: Path) -> list[Figure]:
     engines = {"PyTorch": original, "fp32 in OpenVINO": in_openvino(original, plain, given),
                "Taut in OpenVINO": ours}  # fmt: skip
     try:
-        calibration = batches(module, module.sentences["train"][::16])
+        calibration = batches(module, module.sentences["train"][::72])
         engines["NNCF int8"] = nncf_int8(plain, folder / "nncf.xml", calibration)
     except Exception as error:  # a peer that fails is recorded with its error
         print(f"NNCF takes no part: {type(error).__name__}: {error}", flush=True)
@@ -298,7 +297,7 @@ def reads(options: argparse.Namespace, folder: Path) -> list[Figure]:
 def _size_and_answers(
     module: ModuleType, path: Path, agree: dict[str, float], before: Tensor, after: Tensor
 ) -> list[Figure]:
-    command = " > ".join((*ENCODER, trained(module.LAYERS)))
+    command = " > ".join((TABLE, LAYERS, trained(module.LAYERS)))
     weights = (module.folder / "model.safetensors").stat().st_size
     small = path.stat().st_size
     data = movie_lines()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from taut.packed import PackedWeight, Plain
+from taut.row_parts import RowParts
 from taut.shared_weight import Mirrored, Scaled, SharedVectors
+from taut.sparse_weight import SparseWeight
 from taut.structured_weight import (
     BlockCirculant,
     BlockToeplitz,
@@ -86,6 +88,39 @@ def tied(*shape: int) -> PackedWeight:
     return TiedWeight(index(shape[0]).clamp(max=1), Plain.of(numbers(2, *shape[1:])), scale)
 
 
+def row_parts(*shape: int) -> PackedWeight:
+    """Rows of three kinds: of shared values, of single numbers, and mostly zeros."""
+    kinds = torch.arange(shape[0]) * 2 % 3
+    some = [int((kinds == k).sum()) for k in range(3)]
+    which = index(some[0] * math.prod(shape[1:])).reshape(some[0], *shape[1:])
+    kept = mask(some[2], *shape[1:])
+    return RowParts(
+        kinds,
+        [
+            SharedValues(which, Plain.of(TABLE)),
+            Plain.of(numbers(some[1], *shape[1:])),
+            SparseWeight(kept, Plain.of(numbers(int(kept.sum())))),
+        ],
+    )
+
+
+def dense_row_parts(*shape: int) -> Tensor:
+    """One row after another, as a person would."""
+    kinds = [2 * i % 3 for i in range(shape[0])]
+    counts = [kinds.count(k) for k in range(3)]
+    numel = counts[0] * math.prod(shape[1:])
+    kept = mask(counts[2], *shape[1:])
+    sparse = torch.zeros(counts[2], *shape[1:])
+    sparse[kept] = numbers(int(kept.sum()))
+    parts = [
+        TABLE[index(numel)].reshape(counts[0], *shape[1:]),
+        numbers(counts[1], *shape[1:]),
+        sparse,
+    ]
+    left = [iter(part) for part in parts]
+    return torch.stack([next(left[k]) for k in kinds])
+
+
 def dense_vectors(*shape: int) -> Tensor:
     """One entry after another, as a person would."""
     columns = math.prod(shape[1:])
@@ -156,6 +191,7 @@ WRITTEN = {
     "toeplitz": toeplitz,
     "kronecker": kronecker,
     "tied": tied,
+    "row_parts": row_parts,
 }
 MEANT = {
     "shared_vectors": dense_vectors,
@@ -165,6 +201,7 @@ MEANT = {
     "toeplitz": lambda *shape: dense_blocks(shape, 3, 5),
     "kronecker": dense_kronecker,
     "tied": dense_tied,
+    "row_parts": dense_row_parts,
 }
 NODES: dict[str, Any] = {
     "shared_vectors": [
@@ -190,9 +227,19 @@ NODES: dict[str, Any] = {
         {"rows": 2, "scaled": True},
         {"book": ["plain.v1"], "scale": ["plain.v1", {"as": "bfloat16"}]},
     ],
+    "row_parts": [
+        "row_parts.v1",
+        {"parts": 3},
+        {
+            "part0": ["shared_values.v1", {"entries": 5}, {"table": ["plain.v1"]}],
+            "part1": ["plain.v1"],
+            "part2": ["sparse.v1", {}, {"values": ["plain.v1"]}],
+        },
+    ],
 }
 COUNTS = {
     "tied": 20 + 20 + 2 * 20,
+    "row_parts": 20 + (7 * 20 + 5) + 6 * 20 + (7 * 20 + 40),
     "circulant": 5 * 5 * 4,
     "toeplitz": 7 * 7 * 5,
     "kronecker": 2 * (20 * 10 + 2),

@@ -10,12 +10,13 @@ from torch import nn
 import taut
 from taut.aim import Aim, Price, coded_bytes
 from taut.container import encode
-from taut.errors import RecipeError
+from taut.errors import RecipeError, TaskError
 from taut.layers import run_dense
 from taut.modules import clone, tensor_at
 from taut.pack import inspect, packed_state
 from taut.recoding import chain, chains
 from taut.recover import Recover, recover
+from taut.row_parts import RowParts
 from taut.schedules import advance, settled
 from taut.sparse_weight import SparseWeight
 from taut.techniques import CodeLength, PruneWeights
@@ -143,6 +144,72 @@ def test_many_weights_far_outside_end_at_127():
     whole = Rounded(torch.tensor(0.0))(core).detach()
     assert float(whole.abs().max()) == 127
     assert torch.equal(whole, core.clamp(-127, 127))
+
+
+def reader() -> tuple[nn.Module, taut.Task]:
+    """An embedding of which few rows are read often, and the matrix that reads it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(300, 24), nn.Flatten(), nn.Linear(5 * 24, 16)).eval()
+    words = (300 * torch.rand(256, 5) ** 4).long()
+    pairs = [(words, net(words).detach())]
+    return net, taut.Task(train=pairs, test=pairs, loss=nn.functional.mse_loss, score=_nearness)
+
+
+def _nearness(output, target):
+    return -(output - target).square().mean()
+
+
+def test_rows_that_are_seldom_read_have_coarser_steps(tmp_path):
+    net, task = reader()
+    words = next(iter(task.batches("train"))).args[0]
+    options = {"vectors": False, "resolution": 0.2, "only": "0.weight"}
+    finer, _ = coded(net, task, by_use=True, **options)
+    even, _ = coded(net, task, **options)
+    octaves = finer[0].parametrizations.weight[0].forms[0].octaves
+    used = words.flatten().bincount(minlength=300)
+    assert int(octaves[used.argmax()]) <= -1
+    assert int(octaves[used == 0].min()) == int(octaves.max()) >= 2
+    assert task.evaluate(finer) > 0.75 * task.evaluate(even)  # of squared errors
+    sizes = [taut.pack(n, tmp_path / f"{i}.taut") for i, n in enumerate((finer, even))]
+    assert sizes[0] < sizes[1]
+    form, core = (
+        finer[0].parametrizations.weight[0].stages(finer[0].parametrizations.weight.original)[0]
+    )
+    packed = form.pack(core.detach(), None, lambda keep: None)
+    assert isinstance(packed, RowParts)
+    torch.testing.assert_close(packed.dense(), finer[0].weight.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(packed.rows(words), finer[0].weight.detach()[words], rtol=0, atol=0)
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(packed.matmul(x), x @ finer[0].weight.detach().T)
+
+
+def test_a_row_that_is_multiplied_by_is_as_fine_as_all():
+    net = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    net[1].weight = net[0].weight
+    words = (30 * torch.rand(64) ** 4).long()
+    task = taut.Task(train=[(words, words)], test=[(words, words)])
+    found, _ = coded(net, task, by_use=True)
+    assert found[0].parametrizations.weight[0].forms[0].octaves.tolist() == [0] * 30
+
+
+def test_rounding_by_what_weights_do_answers_nearer(tmp_path):
+    net, task = reader()
+    options = {"vectors": False, "resolution": 0.5, "only": "2.weight"}
+    found, _ = coded(net, task, rounding="gptq", **options)
+    plain, _ = coded(net, task, **options)
+    assert task.evaluate(found) > 0.6 * task.evaluate(plain)  # of squared errors
+    sizes = [taut.pack(n, tmp_path / f"{i}.taut") for i, n in enumerate((found, plain))]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+    step = float(found[2].parametrizations.weight[0].forms[0].step().detach())
+    whole = found[2].weight.detach() / step
+    torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-4)
+
+
+def test_rounding_by_what_weights_do_needs_data():
+    net, task = reader()
+    site = taut.trace(net, task.example()).site("2.weight")
+    with pytest.raises(TaskError, match="needs a task with data"):
+        CodeLength(rounding="gptq").apply(net, site)
 
 
 def test_the_steps_gradient_is_lsqs():

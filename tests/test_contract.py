@@ -66,7 +66,11 @@ class TestStructuredMatrix(RecodingContract):
 
 
 class TestCodeLength(RecodingContract):
-    under_test = (CodeLength(), CodeLength(resolution=0.2, vectors=False))
+    under_test = (
+        CodeLength(),
+        CodeLength(resolution=0.2, vectors=False),
+        CodeLength(resolution=0.25, rounding="gptq", by_use=True),
+    )
 
 
 class TestHashWeights(RecodingContract):

@@ -8,6 +8,7 @@ from test_hostile import HUGE, PLAIN, check_refused, entries, weight
 
 from taut.coding import Encoder
 
+ROWS = {"part0": PLAIN, "part1": PLAIN}
 MIRRORED = ["mirrored.v1", {}, {"first": PLAIN}]
 
 
@@ -15,6 +16,13 @@ def coded_index(entries: int, count: int = 12) -> bytes:
     """The stream of twelve indices, and what a decoder needs to read on."""
     coder = Encoder()
     coder.symbols("index", np.zeros(count, np.int64), entries, count)
+    return coder.finish() + b"\1" * 8
+
+
+def coded_kinds(kinds: list[int]) -> bytes:
+    """The stream of which part each of three rows is in, and what a decoder needs to read on."""
+    coder = Encoder()
+    coder.symbols("kinds", np.array(kinds), 2, 3)
     return coder.finish() + b"\1" * 8
 
 
@@ -110,6 +118,27 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tied_bare": (weight(["tied.v1", {"rows": 2}], coded_tie()), "lacks its part 'book'"),
     "tied_void": (
         entries(["a", [0, 4], ["tied.v1", {"rows": 1}, {"book": PLAIN}]]), "a shape of numbers in 2"
+    ),
+    **{
+        f"rows_{name}": (weight(["row_parts.v1", scalars, ROWS], coded_kinds([0, 0, 1])), message)
+        for name, scalars, message in (
+            ("missing", {}, "2 to 16 parts .*, got None"),
+            ("one", {"parts": 1}, "2 to 16 parts .*, got 1"),
+            ("bool", {"parts": True}, "2 to 16 parts .*, got True"),
+            ("many", {"parts": 17}, "2 to 16 parts .*, got 17"),
+            ("huge", {"parts": HUGE}, "2 to 16 parts .*, got"),
+        )
+    },
+    "rows_of_none": (
+        weight(["row_parts.v1", {"parts": 2}, ROWS], coded_kinds([0, 0, 0])),
+        "row_parts.v1: part 1 has no row",
+    ),
+    "rows_flat": (
+        entries(["a", [4], ["row_parts.v1", {"parts": 2}, ROWS]]), r"two dimensions, got 2 of \[4\]"
+    ),
+    "rows_lacking": (
+        weight(["row_parts.v1", {"parts": 2}, {"part0": PLAIN}], coded_kinds([0, 0, 1])),
+        "lacks its part 'part1'",
     ),
     "structure_empty": (
         entries(["a", [0, 4], ["circulant.v1", {"block": 2}, {"generators": PLAIN}]]),

@@ -50,6 +50,7 @@ FLOORS = (
     {"recoding", "reshaping", "keep_search", "conv_fits", "rank_budget"},
     {
         "layers",
+        "row_parts",
         "sparse_weight",
         "indexed_weight",
         "bit_weight",

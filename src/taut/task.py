@@ -101,6 +101,8 @@ class Task:
     model: a function that returns the trained network, where the task knows one.
     about: what exported files are to tell of the network, as JSON: labels, preprocessing.
     show: (the arguments of one example) → its text, or its image as a tensor, for reports.
+    calibration: how many training examples are read, at least, to learn what weights meet and how
+        often: what second-order rounding, weighted ranks and the like go by.
     name, source: what the run is called, and the file that the task came from.
     """
 
@@ -120,8 +122,12 @@ class Task:
         source: Path | None = None,
         about: Mapping[str, Any] | None = None,
         show: Callable[..., str | Tensor] | None = None,
+        calibration: int = 1024,
     ) -> None:
         self.name = name
+        if type(calibration) is not int or calibration < 1:
+            raise TaskError(f"calibration must be a number of examples, got {calibration!r}")
+        self.calibration = calibration
         self.show = show
         self.about = dict(about or {})
         self.source = source
@@ -237,11 +243,12 @@ class Task:
             raise TaskError(f"loss must return a tensor of one number, got {_word(loss)}")
         return loss
 
-    def calibration_loss(self, examples: int = 1024) -> CalibrationLoss:
+    def calibration_loss(self, examples: int | None = None) -> CalibrationLoss:
         """The loss on the same few training batches.
 
-        examples: how many are read at least, in whole batches.
+        examples: how many are read at least, in whole batches; as many as the task says by default.
         """
+        examples = self.calibration if examples is None else examples
         kept: list[Batch] = []
         for batch in self.batches("train"):
             kept.append(batch)
@@ -290,8 +297,8 @@ def load_task(path: str | Path) -> Task:
     """A task from a Python file with `model()`, `train()` and `test()`.
 
     The file may also define `validation()`, `loss`, `score`, `better`, `example()`,
-    `learning_rate`, `about` and `show()`. Raises TaskError where it does not import, or lacks one
-    of the three.
+    `learning_rate`, `about`, `show()` and `calibration`. Raises TaskError where it does not import,
+    or lacks one of the three.
     """
     path = Path(path)
     if not path.is_file():
@@ -314,7 +321,7 @@ def load_task(path: str | Path) -> Task:
             raise TaskError(
                 f"{path} lacks a function {name}(); a task needs model(), train() and test()"
             )
-    optional = ("validation", "loss", "score", "better", "example", "about", "show")
+    optional = ("validation", "loss", "score", "better", "example", "about", "show", "calibration")
     given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
     if hasattr(module, "learning_rate"):
         given["learning_rate"] = module.learning_rate

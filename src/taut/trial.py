@@ -57,7 +57,7 @@ class Ground:
     @cached_property
     def calibration(self) -> CalibrationLoss:
         """The loss on the same few examples in every trial, however the data are shuffled."""
-        return self._calibration(1024)
+        return self._calibration(self.task.calibration)
 
     @cached_property
     def glance(self) -> CalibrationLoss:

@@ -24,7 +24,7 @@ is exact in expectation, so that no noise is drawn; the network itself runs on r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -37,7 +37,10 @@ from taut.dead_units import drop_dead_units
 from taut.errors import FormatError, RecipeError
 from taut.indexed_weight import IndexedWeight
 from taut.packed import Meta, PackedWeight, ReadChild, register_format
+from taut.products import Product
 from taut.recoding import Form, Pack, Recoding
+from taut.row_parts import RowParts
+from taut.second_order import rounded
 from taut.sparse_weight import SparseWeight
 from taut.statistics import Statistics
 from taut.technique import option, register_step
@@ -60,6 +63,12 @@ class CodeLength(Recoding):
     resolution: float = option(
         0.5, low=2.0**-8, high=4, help="the step at the start, in standard deviations of the weight"
     )
+    rounding: str = option(
+        "nearest", choices=("nearest", "gptq"), help="of the weights alone, or by what they do"
+    )
+    by_use: bool = option(
+        False, help="whether rows of an embedding that the data seldom read have coarser steps"
+    )
     vectors: bool = option(True, help="whether biases and norms are coded too, or stored plainly")
 
     def sites(self, trace: Trace) -> tuple[Site, ...]:
@@ -78,7 +87,11 @@ class CodeLength(Recoding):
         return self.resolution / 4 if site.kind == "vector" else self.resolution
 
     def blank(self, core: Tensor) -> tuple[Form, Tensor]:
-        return Rounded(torch.zeros(())), core
+        return Rounded(torch.zeros(()), self._even(core)), core
+
+    def _even(self, core: Tensor) -> Tensor:
+        """No row is finer than another: the octaves of all are 0."""
+        return torch.zeros(len(core) if self.by_use and core.dim() > 1 else 0, dtype=torch.int8)
 
     def fit(
         self, core: Tensor, matters: Tensor | None, site: Site, statistics: Statistics | None
@@ -87,18 +100,71 @@ class CodeLength(Recoding):
             raise RecipeError(f"code_length: site {site.name!r} holds NaN or infinite weights")
         held = core if matters is None else core[matters]
         spread = float(held.square().mean().sqrt()) if held.numel() else 0.0
-        step = self._resolution(site) * (spread or 1.0)
-        return Rounded(torch.tensor(step).log()), core
+        step = torch.tensor(self._resolution(site) * (spread or 1.0))
+        form = Rounded(step.log(), self._even(core))
+        whole = core.dim() > 1 and matters is None and core.shape == site.shape
+        if whole and len(form.octaves) and site.kind == "embedding":
+            form.octaves.copy_(_octaves(core, float(form.step()), _products(site, statistics)))
+        if whole and self.rounding == "gptq":
+            core = _compensated(core, form, _products(site, statistics))
+        return form, core
+
+
+def _products(site: Site, statistics: Statistics | None) -> list[Product]:
+    return (statistics or Statistics(nn.Identity())).products(site)
+
+
+def _octaves(core: Tensor, step: float, products: Sequence[Product]) -> Tensor:
+    """How many octaves the step of each row lies above that of a row of mean use: [rows] int8.
+
+    What n readings of a row cost is n · step², and another bit for each of its numbers quarters
+    that: at the best, step ~ 1 / sqrt(n). A row that is multiplied by, as one of tied weights is,
+    has its use in every input: then all are as fine.
+    """
+    used = torch.zeros(len(core), dtype=torch.float64)
+    if any(p.moments.dim() > 1 for p in products):
+        return used.to(torch.int8)
+    for product in products:
+        rows = product.index[0].cpu() // (core.numel() // len(core))
+        used.index_add_(0, rows, product.moments.cpu())
+    octaves = (0.5 * (used.mean() / (used + _ONCE_MORE)).log2()).round()
+    octaves = octaves.clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
+    within = (core.abs().flatten(1).amax(1).double() / (MOST * step)).log2().ceil()
+    return octaves.maximum(within).to(torch.int8)
+
+
+_ONCE_MORE = 0.3
+"""Readings that every row may have beside those that were seen: some words are still to come."""
+_MOST_OCTAVES = 3
+
+
+def _compensated(core: Tensor, form: Rounded, products: Sequence[Product]) -> Tensor:
+    """The core with every weight on its grid, by the second order."""
+    each = core.numel() // len(core)
+    steps = (form.step() * form.scale(core)).double().expand(len(core), *core.shape[1:])
+    steps = steps.reshape(len(core), -1)[:, 0]
+
+    def nearest(values: Tensor, places: Tensor) -> Tensor:
+        step = steps[places // each]
+        return (values / step).round() * step
+
+    return rounded(core, products, nearest)
 
 
 class Rounded(Form):
-    """weight = step · round(core / step). log_step: a scalar, trained."""
+    """weight = step · round(core / step). log_step: a scalar, trained.
+
+    octaves: [rows] int8, of each row's step above that, or [0] where all have the same.
+    """
 
     progress: Tensor
+    octaves: Tensor
 
-    def __init__(self, log_step: Tensor) -> None:
+    def __init__(self, log_step: Tensor, octaves: Tensor | None = None) -> None:
         super().__init__()
         self.log_step = nn.Parameter(log_step)
+        octaves = torch.zeros(0, dtype=torch.int8) if octaves is None else octaves
+        self.register_buffer("octaves", octaves)
         self.register_buffer("progress", torch.tensor(-1.0))  # no training has begun
 
     def step(self) -> Tensor:
@@ -106,12 +172,28 @@ class Rounded(Form):
         exact = self.log_step.exp()
         return exact + (exact.bfloat16().float() - exact).detach()
 
+    def scale(self, core: Tensor) -> Tensor:
+        """What the step is times in each row: [rows, 1, …], or a scalar."""
+        if not len(self.octaves):
+            return self.log_step.new_ones(())
+        return self.octaves.to(self.log_step.dtype).exp2().reshape(-1, *(1,) * (core.dim() - 1))
+
     def forward(self, core: Tensor) -> Tensor:
-        return cast(Tensor, _Rounding.apply(core, self.step()))  # type: ignore[no-untyped-call]
+        if not len(self.octaves):
+            return cast(Tensor, _Rounding.apply(core, self.step()))  # type: ignore[no-untyped-call]
+        scale = self.scale(core)
+        even = _Rounding.apply(core / scale, self.step())  # type: ignore[no-untyped-call]
+        return cast(Tensor, even * scale)
 
     def rate(self, core: Tensor, outer: Tensor | None) -> Tensor:
-        held = core if outer is None else core[outer]
-        return cast(Tensor, _CodeLength.apply(held, self.step()))  # type: ignore[no-untyped-call]
+        step, scaled = self.step(), core / self.scale(core) if len(self.octaves) else core
+        kinds = self.octaves.unique() if outer is None else ()  # type: ignore[no-untyped-call]
+        if len(kinds) < 2:
+            held = [scaled if outer is None else scaled[outer]]
+        else:
+            held = [scaled[self.octaves == kind] for kind in kinds]
+        bits = [_CodeLength.apply(part, step) for part in held]  # type: ignore[no-untyped-call]
+        return cast(Tensor, sum(bits))
 
     def clear(self, core: Tensor | None, where: Tensor) -> bool:
         if core is not None:
@@ -127,13 +209,25 @@ class Rounded(Form):
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         step = self.step().detach()
-        q = _whole(core / step).to(torch.int16)
-        if keep is not None:
-            return _packed(q[keep], step)
-        mask = q != 0
-        if q.dim() < 2 or 2 * int(mask.sum()) > q.numel():
-            return _packed(q, step)
-        return SparseWeight(mask, _packed(q[mask], step))
+        octaves, kinds = self.octaves.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        if keep is None and len(octaves) > 1:
+            scale = octaves.to(step.dtype).exp2()
+            rows = [core[kinds == k] for k in range(len(octaves))]
+            return RowParts(kinds, [_table(r, step * s) for r, s in zip(rows, scale, strict=True)])
+        if keep is None:
+            return _table(
+                core, step * octaves.to(step.dtype).exp2().sum() if len(octaves) else step
+            )
+        return _packed(_whole(core / step).to(torch.int16)[keep], step)
+
+
+def _table(core: Tensor, step: Tensor) -> PackedWeight:
+    """All of a core, or of some rows, in whole numbers: as a sparse weight where most are 0."""
+    q = _whole(core / step).to(torch.int16)
+    mask = q != 0
+    if q.dim() < 2 or 2 * int(mask.sum()) > q.numel():
+        return _packed(q, step)
+    return SparseWeight(mask, _packed(q[mask], step))
 
 
 def _whole(scaled: Tensor) -> Tensor:
