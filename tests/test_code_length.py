@@ -139,6 +139,13 @@ def test_few_weights_far_outside_are_kept_and_packed(trained, task, tmp_path):
         torch.testing.assert_close(packed(x), net.eval()(x).detach(), rtol=0, atol=1e-3)
 
 
+def test_a_network_in_training_can_be_traced(trained, task):
+    net, _ = coded(trained, task)
+    found = torch.export.export(net.eval(), task.example()[0]).module()
+    x = next(iter(task.batches("test"))).args[0][:2]
+    torch.testing.assert_close(found(x), net(x))
+
+
 def test_many_weights_far_outside_end_at_127():
     core = torch.linspace(-300, 300, 601)
     whole = Rounded(torch.tensor(0.0))(core).detach()

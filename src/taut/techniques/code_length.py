@@ -10,6 +10,13 @@ cost there, one on its way further what a longer number costs: the expected leng
 noise of one step, in closed form. So rows and columns that are nearly empty become empty, and whole
 neurons go.
 
+`rounding="gptq"` rounds column by column, each making good for the errors of those before, by what
+the layer reads (Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023; see taut.second_order), so
+that a network in few bits starts near the original. `by_use` gives the rows of an embedding steps
+of their own, in octaves: a row that is read n times costs n · step² in the output, so that of all
+steps that take as many bits, those ~ 1 / sqrt(n) cost least (reverse water-filling; Shannon 1959).
+Rows that the data never read become coarse: give data of the kind that the network is to read.
+
 W: any shape, seen as [out, in]; step: one number for each site, stored as bfloat16; q: |q| <= 127,
 but for the few weights far outside that pretrained Transformers have and cannot do without: where
 all that occur are 256 numbers at most, those reach 32767.
@@ -127,7 +134,8 @@ def _octaves(core: Tensor, step: float, products: Sequence[Product]) -> Tensor:
     for product in products:
         rows = product.index[0].cpu() // (core.numel() // len(core))
         used.index_add_(0, rows, product.moments.cpu())
-    octaves = (0.5 * (used.mean() / (used + _ONCE_MORE)).log2()).round()
+    used += _ONCE_MORE
+    octaves = (0.5 * (used.mean() / used).log2()).round()
     octaves = octaves.clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
     within = (core.abs().flatten(1).amax(1).double() / (MOST * step)).log2().ceil()
     return octaves.maximum(within).to(torch.int8)
@@ -233,6 +241,8 @@ def _table(core: Tensor, step: Tensor) -> PackedWeight:
 def _whole(scaled: Tensor) -> Tensor:
     """The nearest whole numbers that a file can hold."""
     q = scaled.detach().round()
+    if torch.compiler.is_compiling():  # a graph cannot ask how many numbers there are
+        return q.clamp(-FARTHEST, FARTHEST)
     if not q.numel() or float(q.abs().amax()) <= MOST:
         return q
     q = q.clamp_(-FARTHEST, FARTHEST)
