@@ -171,6 +171,7 @@ def test_model_that_returns_no_module(write: Callable[..., Path], made: str, wor
         ("learning_rate = 0", "learning_rate must be a number above 0, got 0"),
         ("learning_rate = 'fast'", "learning_rate must be a number above 0, got 'fast'"),
         ("learning_rate = float('nan')", "learning_rate must be a number above 0, got nan"),
+        ("calibration = 0", "calibration must be a number of examples, got 0"),
     ],
 )
 def test_wrong_settings(write: Callable[..., Path], line: str, said: str) -> None:
@@ -460,7 +461,7 @@ def test_calibration_reads_no_more_than_it_needs(examples: int, read: int) -> No
             taken.append(i)
             yield batch
 
-    loss = task(train=data).calibration_loss(examples)
+    loss = task(train=data, calibration=examples).calibration_loss()
     assert len(taken) == read
     loss(Constant())
     assert len(taken) == read
