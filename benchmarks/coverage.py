@@ -235,11 +235,10 @@ def grouping(name: str, side: int) -> list[Figure]:
     ]  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> list[Figure]:
+def measure(options: argparse.Namespace) -> Iterator[Figure]:
     """Every network halved."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    figures = []
     for name, net in nets():
         if options.only not in name or (options.quick and name not in QUICK):
             continue
@@ -247,12 +246,11 @@ def measure(options: argparse.Namespace) -> list[Figure]:
             left, told = halve(net)
         except Exception as error:  # a row that does not hold says why
             left, told = 100.0, f"{type(error).__name__}: {str(error)[:200]}"
-        figures.append(
-            Figure(name=f"{name}, parameters left", paper=told, ours=left, asked=MOST_LEFT,
-                   at_most=True, unit="%")
-        )  # fmt: skip
+        yield Figure(name=f"{name}, parameters left", paper=told, ours=left, asked=MOST_LEFT,
+                     at_most=True, unit="%")  # fmt: skip
     name, side = ("squeezenet_1_1", 64) if options.quick else ("densenet_201", 224)
-    return figures + (grouping(name, side) if options.only in name else [])
+    if options.only in name:
+        yield from grouping(name, side)
 
 
 if __name__ == "__main__":
