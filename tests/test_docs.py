@@ -167,5 +167,5 @@ def test_the_code_about_sequences_runs(tmp_path, monkeypatch):
 def test_the_recipes_about_sequences_parse():
     text = (ROOT / "docs" / "sequences.md").read_text(encoding="utf-8")
     recipes = re.findall(r"^\| `(\w+\(.*?\))`", text, flags=re.MULTILINE)
-    assert len(recipes) == 4
+    assert len(recipes) == 5
     assert all(taut.Recipe.parse(r).steps for r in recipes)
