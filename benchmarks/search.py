@@ -352,7 +352,7 @@ def overhead(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def workers(options: argparse.Namespace) -> Iterator[Figure]:
-    """Two workers against one, the same trials; the start of the workers counts."""
+    """Two workers against one, the same trials."""
     on = bench("LeNet-5", options.quick)
     seconds = {}
     for count in (1, 2):
@@ -360,8 +360,8 @@ def workers(options: argparse.Namespace) -> Iterator[Figure]:
             search = Searching(
                 on.model, on.task, Goal.parse(on.goal),
                 globals()["options"](
-                    trials=4 if options.quick else 24, batch=4 if options.quick else 8,
-                    workers=count, sampler="random", epochs=1 if options.quick else EPOCHS,
+                    trials=4 if options.quick else 12, batch=4, workers=count, sampler="random",
+                    epochs=NETS[on.name].short,
                 ),
                 folder, False, None,
             )  # fmt: skip
