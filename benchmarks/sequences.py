@@ -208,7 +208,7 @@ def probe(x: Tensor, kind: Tensor) -> float:
 
 
 def compressed(module: ModuleType, original: nn.Module, path: Path) -> None:
-    """Write the encoder in few bits. Nothing is trained: training in bfloat16 made it worse."""
+    """Write the encoder in few bits; nothing is trained."""
     read = batches(module, module.sentences["train"])
     pairs = [(batch, batch["input_ids"]) for batch in read]
     net, traced = module.model(), taut.trace(original, ((), read[0]))

@@ -16,11 +16,11 @@ from taut.modules import clone, tensor_at
 from taut.pack import inspect, packed_state
 from taut.recoding import chain, chains
 from taut.recover import Recover, recover
-from taut.row_parts import RowParts
+from taut.row_parts import MOST_PARTS, RowParts
 from taut.schedules import advance, settled
 from taut.sparse_weight import SparseWeight
 from taut.techniques import CodeLength, PruneWeights
-from taut.techniques.code_length import Integers, Rounded, code_length
+from taut.techniques.code_length import Integers, Rounded, _octaves, code_length
 from taut.tune import tune
 from taut.zoo import TransformerLanguageModel
 
@@ -179,15 +179,26 @@ def test_rows_that_are_seldom_read_have_coarser_steps(tmp_path):
     assert task.evaluate(finer) > 0.75 * task.evaluate(even)  # of squared errors
     sizes = [taut.pack(n, tmp_path / f"{i}.taut") for i, n in enumerate((finer, even))]
     assert sizes[0] < sizes[1]
-    form, core = (
-        finer[0].parametrizations.weight[0].stages(finer[0].parametrizations.weight.original)[0]
-    )
-    packed = form.pack(core.detach(), None, lambda keep: None)
+    links = finer[0].parametrizations.weight
+    packed = links[0].pack(links.original)
     assert isinstance(packed, RowParts)
     torch.testing.assert_close(packed.dense(), finer[0].weight.detach(), rtol=0, atol=0)
     torch.testing.assert_close(packed.rows(words), finer[0].weight.detach()[words], rtol=0, atol=0)
     x = torch.randn(3, 24)
     torch.testing.assert_close(packed.matmul(x), x @ finer[0].weight.detach().T)
+
+
+def test_rows_of_any_size_make_a_file_that_can_be_read(tmp_path):
+    net, task = reader()
+    with torch.no_grad():
+        net[0].weight.mul_(torch.logspace(-6, 6, 300)[:, None])
+    octaves = _octaves(torch.logspace(-9, 9, 300)[:, None], 1e-6, [])
+    assert 8 < octaves.unique().numel() <= MOST_PARTS
+    found, _ = coded(net, task, by_use=True, vectors=False, resolution=2**-8, only="0.weight")
+    taut.pack(found, tmp_path / "net.taut")
+    packed = taut.load(tmp_path / "net.taut", reader()[0])
+    assert isinstance(packed[0].packed["weight"], RowParts)
+    assert torch.equal(packed[0].packed["weight"].dense(), found[0].weight.detach())
 
 
 def test_a_row_that_is_multiplied_by_is_as_fine_as_all():

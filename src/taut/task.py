@@ -321,10 +321,11 @@ def load_task(path: str | Path) -> Task:
             raise TaskError(
                 f"{path} lacks a function {name}(); a task needs model(), train() and test()"
             )
-    optional = ("validation", "loss", "score", "better", "example", "about", "show", "calibration")
+    optional = (
+        "validation", "loss", "score", "better", "example", "learning_rate", "about", "show",
+        "calibration",
+    )  # fmt: skip
     given = {n: getattr(module, n) for n in optional if hasattr(module, n)}
-    if hasattr(module, "learning_rate"):
-        given["learning_rate"] = module.learning_rate
     return Task(
         train=module.train, test=module.test, model=_checked(module.model, path), **given,
         name=path.stem if path.stem != "task" else path.resolve().parent.name, source=path,

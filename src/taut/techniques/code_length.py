@@ -46,7 +46,7 @@ from taut.indexed_weight import IndexedWeight
 from taut.packed import Meta, PackedWeight, ReadChild, register_format
 from taut.products import Product
 from taut.recoding import Form, Pack, Recoding
-from taut.row_parts import RowParts
+from taut.row_parts import MOST_PARTS, RowParts
 from taut.second_order import rounded
 from taut.sparse_weight import SparseWeight
 from taut.statistics import Statistics
@@ -138,7 +138,7 @@ def _octaves(core: Tensor, step: float, products: Sequence[Product]) -> Tensor:
     octaves = (0.5 * (used.mean() / used).log2()).round()
     octaves = octaves.clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
     within = (core.abs().flatten(1).amax(1).double() / (MOST * step)).log2().ceil()
-    return octaves.maximum(within).to(torch.int8)
+    return octaves.maximum(within).clamp(max=MOST_PARTS - 1 - _MOST_OCTAVES).to(torch.int8)
 
 
 _ONCE_MORE = 0.3
@@ -149,8 +149,7 @@ _MOST_OCTAVES = 3
 def _compensated(core: Tensor, form: Rounded, products: Sequence[Product]) -> Tensor:
     """The core with every weight on its grid, by the second order."""
     each = core.numel() // len(core)
-    steps = (form.step() * form.scale(core)).double().expand(len(core), *core.shape[1:])
-    steps = steps.reshape(len(core), -1)[:, 0]
+    steps = (form.step() * form.scale(core)).double().reshape(-1).expand(len(core))
 
     def nearest(values: Tensor, places: Tensor) -> Tensor:
         step = steps[places // each]
@@ -194,13 +193,11 @@ class Rounded(Form):
         return cast(Tensor, even * scale)
 
     def rate(self, core: Tensor, outer: Tensor | None) -> Tensor:
-        step, scaled = self.step(), core / self.scale(core) if len(self.octaves) else core
-        kinds = self.octaves.unique() if outer is None else ()  # type: ignore[no-untyped-call]
-        if len(kinds) < 2:
-            held = [scaled if outer is None else scaled[outer]]
-        else:
-            held = [scaled[self.octaves == kind] for kind in kinds]
-        bits = [_CodeLength.apply(part, step) for part in held]  # type: ignore[no-untyped-call]
+        step, parts = self.step(), [core if outer is None else core[outer]]
+        if outer is None and len(self.octaves):
+            scaled, kinds = core / self.scale(core), self.octaves.unique()  # type: ignore[no-untyped-call]
+            parts = [scaled[self.octaves == kind] for kind in kinds]
+        bits = [_CodeLength.apply(part, step) for part in parts]  # type: ignore[no-untyped-call]
         return cast(Tensor, sum(bits))
 
     def clear(self, core: Tensor | None, where: Tensor) -> bool:
@@ -217,16 +214,14 @@ class Rounded(Form):
 
     def pack(self, core: Tensor, keep: Tensor | None, inner: Pack) -> PackedWeight:
         step = self.step().detach()
+        if keep is not None:
+            return _packed(_whole(core / step).to(torch.int16)[keep], step)
+        if not len(self.octaves):
+            return _table(core, step)
         octaves, kinds = self.octaves.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        if keep is None and len(octaves) > 1:
-            scale = octaves.to(step.dtype).exp2()
-            rows = [core[kinds == k] for k in range(len(octaves))]
-            return RowParts(kinds, [_table(r, step * s) for r, s in zip(rows, scale, strict=True)])
-        if keep is None:
-            return _table(
-                core, step * octaves.to(step.dtype).exp2().sum() if len(octaves) else step
-            )
-        return _packed(_whole(core / step).to(torch.int16)[keep], step)
+        steps = step * octaves.to(step.dtype).exp2()
+        parts = [_table(core[kinds == k], s) for k, s in enumerate(steps)]
+        return RowParts(kinds, parts) if len(parts) > 1 else parts[0]
 
 
 def _table(core: Tensor, step: Tensor) -> PackedWeight:
