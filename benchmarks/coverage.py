@@ -31,8 +31,8 @@ import transformers
 from torch import Tensor, nn
 
 from taut import zoo
-from taut.errors import TautError
-from taut.groups import Groups, cut
+from taut.errors import RecipeError, TautError
+from taut.groups import Groups, cut, cut_graph
 from taut.pack import load, pack
 from taut.trace import export
 
@@ -179,8 +179,11 @@ def halve(net: Net) -> tuple[float, str]:
     start = time.perf_counter()
     groups = Groups(model, net.example)
     seconds = time.perf_counter() - start
-    cut(model, groups, {g.name: range(0, g.units, 2)[: max(g.units // 2, 1)]
-                        for g in groups.groups})  # fmt: skip
+    halves = {g.name: range(0, g.units, 2)[: max(g.units // 2, 1)] for g in groups.groups}
+    try:
+        cut(model, groups, halves)
+    except RecipeError:  # the code takes one size from another; as the techniques do:
+        model = cut_graph(model, groups, halves)
     args, kwargs = net.example
     wanted = model(*args, **kwargs).detach()
     with tempfile.TemporaryDirectory() as folder:

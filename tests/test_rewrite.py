@@ -60,6 +60,27 @@ def test_heads_of_pytorchs_attention_go_alone():
     assert net.layer.self_attn.in_proj_weight.shape == (48, 16)
 
 
+def test_constants_of_the_code_are_made_again_and_not_stored(tmp_path):
+    def run(net, x):  # two heads as wide as the input allows, under a mask made piece by piece
+        batch, steps, width = x.shape
+        mask = x.new_zeros(steps, steps)
+        mask[0], mask[1:] = 1, 2
+        q, k, v = net.a(x).reshape(batch, steps, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+        return net.b(mixed.transpose(1, 2).reshape(batch, steps, width))
+
+    net, x = Net(run, a=nn.Linear(8, 24), b=nn.Linear(8, 8)), torch.randn(2, 5, 8)
+    groups = Groups(net, ((x,), {}))
+    keep = {g.name: range(g.units // 2) for g in groups.groups}
+    with pytest.raises(RecipeError, match="does not run"):
+        cut(net, groups, keep)
+    graph = cut_graph(net, groups, keep)
+    assert graph.state_dict().keys() == net.state_dict().keys()
+    assert sum(b.numel() for b in graph.buffers()) == 2
+    pack(graph, tmp_path / "net.taut", "float32")
+    assert torch.equal(load(tmp_path / "net.taut", clone(net))(x), graph(x))
+
+
 def test_it_trains_and_its_norms_follow_the_mode():
     net, x = build("residual")
     groups = Groups(net, ((x,), {}))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from taut import timing
-from taut.timing import first_of, in_turn, race, reduced_to, repeated, told
+from taut.timing import first_of, in_turn, latency, race, reduced_to, repeated, told
 from taut.types import Latency
 
 
@@ -32,6 +32,18 @@ def test_a_race_takes_turns_and_tells_the_times():
     assert second < first
     assert len(slow.seen) == len(fast.seen) == 5 * 4
     assert set(slow.seen) == {(3, False, False)}
+
+
+def test_what_outlasts_its_time_is_run_once_more_for_a_spread():
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    found = latency(Slow(), ((torch.ones(1),), {}), batch=1, seconds=0.001)
+    assert found.runs == 2
+    assert found.median_ms >= 20
+    assert found.iqr_ms >= 0
 
 
 def test_latencies_in_turn_are_medians_of_rounds_with_their_spread(monkeypatch):

@@ -32,6 +32,8 @@ class Edit(ABC):
     kind: ClassVar[str]
     most: ClassVar[int] = 1
     """How many times larger it may make a network."""
+    beyond: ClassVar[int] = 0
+    """Numbers that it may add to that: constants of the network's own code."""
 
     @abstractmethod
     def replay(self, model: nn.Module) -> nn.Module:
@@ -81,7 +83,7 @@ def replay(model: nn.Module, changes: Sequence[Edit]) -> nn.Module:
             raise FormatError(
                 f"{edit.kind}: {error}; build the model that was compressed"
             ) from error
-        if _numbers(model) > edit.most * held:
+        if _numbers(model) > edit.most * held + edit.beyond:
             raise FormatError(
                 f"{edit.kind}: an edit may not make a network larger, and this one makes "
                 f"{_numbers(model):,} numbers of {held:,}"

@@ -30,6 +30,7 @@ from taut.types import Latency
 Run = Callable[[], object]
 
 _ROUNDS, _REPEATS = 5, 3
+_LEAST = 2  # one run has no spread
 _HALVINGS = 6
 
 
@@ -45,11 +46,13 @@ def latency(model: nn.Module, example: Example, batch: int, seconds: float = 0.2
     timer.timeit(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a noisy machine shows in the spread
-        times = timer.blocked_autorange(min_run_time=seconds)
-    return Latency(
-        batch=batch, threads=torch.get_num_threads(), engine="pytorch",
-        median_ms=times.median * 1e3, iqr_ms=times.iqr * 1e3, runs=len(times.times),
-    )  # fmt: skip
+        found = timer.blocked_autorange(min_run_time=seconds)
+    times = found.times
+    while len(times) < _LEAST:  # one stalled block can take up all of the time
+        times = [*times, *timer.timeit(found.number_per_run).times]
+    return told(
+        [1e3 * t for t in times], batch=batch, threads=torch.get_num_threads(), engine="pytorch"
+    )
 
 
 def in_turn(

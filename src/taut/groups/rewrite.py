@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +39,7 @@ class AsGraph(Edit):
     place in it (-1 where it is no list) and the value there; places of a view may be -1.
     """
 
+    beyond: ClassVar[int] = 1 << 20
     shapes: list[list[int]]
     dtypes: list[str]
     names: list[str]
@@ -147,7 +148,11 @@ def as_graph(model: nn.Module, example: Example) -> fx.GraphModule:
             norm.meta = node.meta
             node.replace_all_uses_with(norm)
             module.graph.erase_node(node)
-    return GraphNet(module, module.graph).eval()
+    own, graph = model.state_dict().keys(), GraphNet(module, module.graph).eval()
+    for name in graph.state_dict().keys() - own:  # the code makes its constants, no file holds them
+        path, _, leaf = name.rpartition(".")
+        graph.get_submodule(path)._non_persistent_buffers_set.add(leaf)
+    return graph
 
 
 def steps_of(graph: fx.GraphModule) -> Iterator[fx.Node]:
