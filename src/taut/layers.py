@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from taut.activations import InputCode, channels_at
+from taut.attention import attended, is_usual
 from taut.errors import DataError
 from taut.kernels import gru_cell, lstm_cell
 from taut.modules import drop_flat_weights
@@ -286,8 +287,7 @@ class _PackedAttention(Packed):
         average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         layer = cast(nn.MultiheadAttention, self)
-        odd = layer.bias_k is not None or layer.add_zero_attn or query.dim() != 3
-        if self.runs_dense or self.training or odd:
+        if self.runs_dense or self.training or not is_usual(layer, query):
             layer._qkv_same_embed_dim = self._joint()
             out = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -295,27 +295,11 @@ class _PackedAttention(Packed):
             )  # fmt: skip
             layer._qkv_same_embed_dim &= self.runs_dense
             return cast("tuple[Tensor, Tensor | None]", out)
-        first = 0 if layer.batch_first else 1
         same = query is key and key is value
-
-        def heads(t: Tensor) -> Tensor:  # → [batch, heads, length, width of a head]
-            t = t.transpose(0, first)
-            return t.reshape(*t.shape[:2], layer.num_heads, layer.head_dim).transpose(1, 2)
-
         parts = self._project_all(query) if same else self._project(query, key, value)
-        q, k, v = (heads(t) for t in parts)
-        mask = _mask(key_padding_mask, attn_mask, q)
-        if need_weights:
-            scores = q @ k.transpose(-2, -1) / layer.head_dim**0.5
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            out = weights @ v
-        else:
-            weights = None
-            out = F.scaled_dot_product_attention(q, k, v, mask)
-        out = layer.out_proj(out.transpose(1, 2).flatten(2).transpose(0, first))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        return out, weights
+        return attended(
+            layer, parts, key_padding_mask, attn_mask, need_weights, average_attn_weights
+        )
 
     def _project_all(self, x: Tensor) -> Iterable[Tensor]:
         if not self._joint():
@@ -333,22 +317,6 @@ class _PackedAttention(Packed):
             else:
                 y = self.product("qkv"[i] + "_proj_weight", x)
             yield y if layer.in_proj_bias is None else y + layer.in_proj_bias[part]
-
-
-def _mask(padding: Tensor | None, attention: Tensor | None, q: Tensor) -> Tensor | None:
-    """Both masks as one to be added to scores [batch, heads, queries, keys]; a bool True hides."""
-    masks = []
-    if padding is not None:
-        masks.append(padding[:, None, None, :])
-    if attention is not None:
-        many = attention.dim() == 3  # one for each head of each sample
-        masks.append(attention.reshape(*q.shape[:2], *attention.shape[1:]) if many else attention)
-    added = None
-    for mask in masks:
-        if mask.dtype is torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
-        added = mask if added is None else added + mask
-    return added
 
 
 _KINDS: tuple[tuple[type[nn.Module], type[Packed]], ...] = (

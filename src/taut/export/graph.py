@@ -26,8 +26,10 @@ from onnxscript.optimizer import optimize_ir
 from torch.export import ExportedProgram
 
 from taut.errors import ExportError
+from taut.export.attention_onnx import attention_as_onnx
 from taut.export.plain import Integers
 from taut.export.recurrent_onnx import recurrent_as_onnx
+from taut.export.tidy import share, tidy
 from taut.export.whole import constant, integer, settle_gemms, tell_zeros
 
 OPSET = 21
@@ -58,12 +60,14 @@ def graph_of(
         _move_down(graph, node)
     _fold_norms(graph)
     optimize_ir(model, should_fold=_may_fold)
+    tidy(graph)
     if finish is not None:
         finish(model)
     if any(n.op_type == "QuantizeLinear" for n in graph):
         tell_zeros(graph)
     else:
         _narrow(graph)
+    share(model)
     _name_nodes(graph)
     for value in graph.initializers.values():
         value.metadata_props.clear()
@@ -91,6 +95,7 @@ def _translated(program: ExportedProgram) -> ir.Model:
                 custom_translation_table={
                     torch.ops.taut.round_input.default: _round_input,
                     torch.ops.taut.recurrent.default: recurrent_as_onnx,
+                    torch.ops.aten.scaled_dot_product_attention.default: attention_as_onnx,
                 },
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
@@ -179,10 +184,12 @@ def _place(graph: ir.Graph, value: ir.Value, weight: Integers) -> None:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Whether a node of constants is computed now: never a weight, nor what ties two."""
+    """Whether a node of constants is computed now: no weight, no mask, nothing that ties two."""
     if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
         return False
     given = [v for v in node.inputs if v is not None]
+    if node.op_type == "Where" and all(v.const_value is not None for v in given):
+        return sum(v.const_value.size > 1 for v in given if v.const_value is not None) > 1
     if node.op_type not in _MOVES or not all(v.const_value is not None for v in given):
         return None
     return node.op_type != "Transpose" or len(given[0].uses()) == 1

@@ -111,7 +111,8 @@ def about(path: Path) -> dict[str, Any]:
 def _seen(job: Job, opened: Opened, model: ir.Model, names: Sequence[str]) -> dict[str, Tensor]:
     """What named values of a model are on the calibration data, thinned out."""
     outputs = model.graph.outputs
-    values = {v.name: v for node in model.graph for v in node.outputs}
+    made = (v for node in model.graph for v in node.outputs)
+    values = {v.name: v for v in (*model.graph.inputs, *made)}
     own = len(outputs)
     outputs.extend(values[n] for n in names)
     with TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from taut.activations import InputCode, LevelCode, StepCode, channels_at, nearest_step
 from taut.affine_weight import AffineWeight
 from taut.engine_ops import EngineLayer, place
+from taut.export.attention import as_products
 from taut.export.recurrent import as_operations
 from taut.kernels import Levels
 from taut.layers import packed_layers, unpack_layer
@@ -94,6 +95,7 @@ def plain(
             rounds = True
             layer.register_forward_pre_hook(_Rounds(code, channels_at(layer)))
     as_operations(copied)
+    as_products(copied)
     return Plain(network=copied, integers=integers, rounds=rounds, kept=kept)
 
 

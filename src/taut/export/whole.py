@@ -90,11 +90,7 @@ def _whole_bias(
     if np.abs(numbers).max(initial=0) > np.iinfo(np.int32).max:
         return None
     assert bias is not None
-    parts = {
-        "numbers": numbers.astype(np.int32),
-        "step": steps,
-        "zero": np.zeros_like(numbers, np.int32),
-    }
+    parts = {"numbers": numbers.astype(np.int32), "step": steps}
     constants = [
         constant(graph, f"{bias.name}.{k}", np.ascontiguousarray(v)) for k, v in parts.items()
     ]
@@ -140,7 +136,9 @@ def tell_zeros(graph: ir.Graph) -> None:
     """Name the zero of weights that meet rounded inputs: ONNX Runtime's products ask for it."""
     for node in [n for n in graph if n.op_type == "DequantizeLinear" and len(n.inputs) == 2]:
         readers = {user.op_type for user, _ in node.outputs[0].uses()}
-        step = node.inputs[1]
+        numbers, step = node.inputs[:2]
+        if numbers is None or numbers.dtype == ir.DataType.INT32:
+            continue  # a bias, whose zero is 0
         if not readers & {"Conv", "Gemm", "MatMul"} or step is None or step.const_value is None:
             continue
         if "block_size" not in node.attributes:
