@@ -171,6 +171,16 @@ def _of_torchvision() -> Iterator[tuple[str, Net]]:
         )
 
 
+def halved(model: nn.Module, groups: Groups) -> nn.Module:
+    """The network with half of each group's units; its graph where its code cannot follow."""
+    halves = {g.name: range(0, g.units, 2)[: max(g.units // 2, 1)] for g in groups.groups}
+    try:
+        cut(model, groups, halves)
+    except RecipeError:
+        return cut_graph(model, groups, halves)
+    return model
+
+
 def halve(net: Net) -> tuple[float, str]:
     """What is left of the parameters, in per cent, and the groups and seconds that it took."""
     torch.manual_seed(0)
@@ -179,11 +189,7 @@ def halve(net: Net) -> tuple[float, str]:
     start = time.perf_counter()
     groups = Groups(model, net.example)
     seconds = time.perf_counter() - start
-    halves = {g.name: range(0, g.units, 2)[: max(g.units // 2, 1)] for g in groups.groups}
-    try:
-        cut(model, groups, halves)
-    except RecipeError:  # the code takes one size from another; as the techniques do:
-        model = cut_graph(model, groups, halves)
+    model = halved(model, groups)
     args, kwargs = net.example
     wanted = model(*args, **kwargs).detach()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,14 +20,14 @@ from functools import partial
 from types import ModuleType
 
 import torch
-from coverage import Net, nets
+from coverage import Net, halved, nets
 from harness import Figure
 from torch import nn
 
 import taut
 from taut.data import Batches, fashion_mnist, images
 from taut.errors import TautError
-from taut.groups import Groups, cut
+from taut.groups import Groups
 from taut.modules import clone
 from taut.zoo import ResNet, create
 from taut.zoo.blocks import Residual, conv
@@ -60,11 +60,8 @@ def told(error: Exception) -> str:
 
 
 def halved_here(net: Net, model: nn.Module) -> nn.Module:
-    """By Taut, which cuts in place."""
-    groups = Groups(model, net.example)
-    cut(model, groups, {g.name: range(0, g.units, 2)[: max(g.units // 2, 1)]
-                        for g in groups.groups})  # fmt: skip
-    return model
+    """By Taut."""
+    return halved(model, Groups(model, net.example))
 
 
 def halved_there(net: Net, model: nn.Module) -> nn.Module:

@@ -190,7 +190,7 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
             "groups are not those of a linear layer"
         )
     _check_channels(op, x.shape[-1], weights, levels)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    flat = native.rows_of(x)
     out = weights.shape[0]
     if levels is None:
         if not x.is_floating_point():
@@ -198,14 +198,14 @@ def bitplane_matmul(x: Tensor, weights: BitWeights, levels: Levels | None = None
         if not native.runs(x, weights.bits, weights.scale):
             return reference.bitplane_real(x, weights.dense().to(x.dtype))
         y: Tensor = torch.ops.taut.bitplane_real(flat.float(), weights.bits, weights.scale, out)
-        return y.reshape(*x.shape[:-1], out).to(x.dtype)
+        return native.shaped_as(x, y)
     if not _counts(op, x, weights, levels):
         y = reference.bitplane_matmul(levels.decoded(flat), weights.dense())
     else:
         y = torch.ops.taut.bitplane_matmul(
             flat if levels.takes_int8 else flat.float(), *_arguments(weights, levels), out
         )
-    return y.reshape(*x.shape[:-1], out).to(torch.float32 if levels.takes_int8 else x.dtype)
+    return native.shaped_as(x, y, torch.float32 if levels.takes_int8 else x.dtype)
 
 
 def bitplane_conv2d(

@@ -17,7 +17,6 @@ The hash is defined by `reference.hash_map`; csrc/hashed/hashed.h says the same 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -55,10 +54,10 @@ def hashed_matmul(
     if not _native(buckets) or not native.runs(x, buckets):
         weight = hashed_weight(buckets, (out, columns), seed, run, wrapped=wrapped)
         return torch.nn.functional.linear(x, weight.to(x.dtype))
-    flat = x.reshape(math.prod(x.shape[:-1]), columns).float().contiguous()
+    flat = native.floats_of(x)
     drawn = _wrapped(buckets, wrapped)
     y: Tensor = torch.ops.taut.hashed_matmul(flat, *drawn, out, seed, run)
-    return y.reshape(*x.shape[:-1], out).to(x.dtype)
+    return native.shaped_as(x, y)
 
 
 def hashed_weight(

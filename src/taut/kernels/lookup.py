@@ -12,8 +12,6 @@ sixteen lanes read them; csrc/lookup/lookup.h says the same in C++.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -72,9 +70,8 @@ def lookup_matmul(
     if not native.runs(x, codes, table):
         index = unpack_indices(codes, bits, columns)
         return reference.lookup_matmul(x, index, table, group)
-    flat = x.reshape(math.prod(x.shape[:-1]), columns).float().contiguous()
-    y: Tensor = torch.ops.taut.lookup_matmul(flat, codes, table, bits, group)
-    return y.reshape(*x.shape[:-1], len(codes)).to(x.dtype)
+    y: Tensor = torch.ops.taut.lookup_matmul(native.floats_of(x), codes, table, bits, group)
+    return native.shaped_as(x, y)
 
 
 def lookup_lstm(
@@ -111,9 +108,8 @@ def lookup_matmul_int8(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, b
     columns = x.shape[-1]
     if not native.runs(x, codes, table, scale, dtypes=(torch.int8,)):
         return reference.lookup_matmul_int8(x, unpack_indices(codes, bits, columns), table, scale)
-    flat = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
-    y: Tensor = torch.ops.taut.lookup_matmul_int8(flat, codes, table, scale, bits)
-    return y.reshape(*x.shape[:-1], len(codes))
+    y: Tensor = torch.ops.taut.lookup_matmul_int8(native.rows_of(x), codes, table, scale, bits)
+    return native.shaped_as(x, y, y.dtype)
 
 
 def _parts(bits: int) -> list[int]:

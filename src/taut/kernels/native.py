@@ -7,6 +7,7 @@ runs by the definitions in `reference.py`, and says so once.
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,29 @@ def runs(x: Tensor, *parts: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) ->
         if not part.is_cpu or (asked and part.requires_grad):
             return False
     return True
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., in] as [n, in], contiguous; at once where it has two dimensions.
+
+    What a small layer spends before and after its kernel is more than what the kernel takes.
+    """
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.contiguous()
+
+
+def floats_of(x: Tensor) -> Tensor:
+    """x [..., in] as [n, in] float32, contiguous."""
+    return rows_of(x if x.dtype is torch.float32 else x.float())
+
+
+def shaped_as(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """y [n, out] as [..., out], by the dimensions and the dtype of x, or another dtype."""
+    if x.dim() != 2:
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+    dtype = dtype or x.dtype
+    return y if y.dtype is dtype else y.to(dtype)
 
 
 F = TypeVar("F", bound=Callable[..., Any])

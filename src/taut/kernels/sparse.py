@@ -145,8 +145,10 @@ def sparse_matmul(
     if not native.runs(x, *_given(starts, columns, values, scale, table)):
         weight = reference.rows_weight(starts, columns, values, x.shape[-1], scale, table)
         return F.linear(x, weight.to(x.dtype))
-    y: Tensor = torch.ops.taut.sparse_matmul(_flat(x), starts, columns, values, scale, table)
-    return y.reshape(*x.shape[:-1], len(starts) - 1).to(x.dtype)
+    y: Tensor = torch.ops.taut.sparse_matmul(
+        native.floats_of(x), starts, columns, values, scale, table
+    )
+    return native.shaped_as(x, y)
 
 
 def sparse_conv2d(
@@ -185,8 +187,8 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor, out
     if not native.runs(x, starts, columns, values):
         weight = reference.blocks_weight(starts, columns, values, out, x.shape[-1])
         return F.linear(x, weight.to(x.dtype))
-    y: Tensor = torch.ops.taut.block_matmul(_flat(x), starts, columns, values, out)
-    return y.reshape(*x.shape[:-1], out).to(x.dtype)
+    y: Tensor = torch.ops.taut.block_matmul(native.floats_of(x), starts, columns, values, out)
+    return native.shaped_as(x, y)
 
 
 def bitmap_matmul(x: Tensor, masks: Tensor, starts: Tensor, values: Tensor) -> Tensor:
@@ -194,12 +196,8 @@ def bitmap_matmul(x: Tensor, masks: Tensor, starts: Tensor, values: Tensor) -> T
     if not native.runs(x, masks, starts, values):
         weight = reference.bitmap_weight(unpack_bitmap(masks, x.shape[-1]), values)
         return F.linear(x, weight.to(x.dtype))
-    y: Tensor = torch.ops.taut.bitmap_matmul(_flat(x), masks, starts, values)
-    return y.reshape(*x.shape[:-1], len(masks)).to(x.dtype)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float().contiguous()
+    y: Tensor = torch.ops.taut.bitmap_matmul(native.floats_of(x), masks, starts, values)
+    return native.shaped_as(x, y)
 
 
 def _pair(p: Pair) -> tuple[int, int]:
