@@ -48,7 +48,7 @@ Inputs = Callable[[int], Tensor]
 class Net:
     """A network of random weights, and inputs for it, by their number.
 
-    widths: what pruned layers come to: multiples of 32 are what engines multiply fastest.
+    widths: what pruned layers come to: multiples of 32 or 64 are what engines multiply fastest.
     """
 
     name: str
@@ -72,8 +72,8 @@ def _tokens(steps: int) -> Inputs:
 
 NETS = (
     Net("LeNet-5", LeNet5, _images(28, 1), "round_to=16, ranking='global'"),
-    Net("MobileNetV1", partial(create, "mobilenet_v1"), _images(224)),
-    Net("ResNet-18", partial(create, "resnet_18"), _images(224)),
+    Net("MobileNetV1", partial(create, "mobilenet_v1"), _images(224), "round_to=64"),
+    Net("ResNet-18", partial(create, "resnet_18"), _images(224), "round_to=64"),
     Net("DenseNet-121", partial(create, "densenet_121"), _images(224)),
     Net("LSTM", partial(create, "lstm_language_model", vocabulary=64), _tokens(64)),
     Net("Transformer", partial(create, "transformer_language_model", vocabulary=64), _tokens(64)),

@@ -39,6 +39,7 @@ from taut.pack import load
 from taut.recipe import Recipe
 from taut.recover import Recover
 from taut.search.cluster import Cluster
+from taut.search.further import further, met_by
 from taut.search.halving import brackets, ranked, rungs, survivors
 from taut.search.jobs import Job, Outcome
 from taut.search.options import Options
@@ -46,15 +47,8 @@ from taut.search.outlook import Outlook
 from taut.search.pools import Clock, Here, Pool, Processes, timed
 from taut.search.result import Lost, SearchResult
 from taut.search.samplers import BAYESIAN, FLAT, sampler
-from taut.search.space import Space
-from taut.search.study import (
-    Study,
-    bracket_of,
-    candidate_of,
-    history_of,
-    recipe_of,
-    why_of,
-)
+from taut.search.space import Fixed, Space
+from taut.search.study import Study, bracket_of, candidate_of, history_of, recipe_of, why_of
 from taut.task import Task
 from taut.trace import trace
 from taut.trial import Ground, fingerprint
@@ -336,7 +330,7 @@ class Searching:
                 return None
             least: tuple[float, dict[str, Any]] | None = None
             for attempt in range(_ATTEMPTS):
-                trial = self._ask(self.starts[len(tried) :][:1] if not attempt else [])
+                trial = self._ask([] if attempt else self._first(epochs, tried))
                 if trial is None:
                     return None
                 over = self._accepted(trial, epochs, bracket, tried)
@@ -351,15 +345,34 @@ class Searching:
             self.study.accept(trial, str(self.space.suggest(trial, epochs)), bracket)
             return trial
 
+    def _first(self, epochs: int, tried: set[str]) -> list[dict[str, Any]]:
+        """What a Bayesian search tries before it asks its model, if anything."""
+        trials, o = self.study.trials(), self.options
+        goes = o.sampler in BAYESIAN and o.minimize == "bytes" and o.halving == "none"
+        if goes and len(trials) % 2:  # every second trial goes on from what keeps the goal
+            seen = [met_by(t, self.goal, self.original) for t in trials if t.state.is_finished()]
+            for given in further(self.space, self.outlook, seen):
+                if self._recipe(given, epochs) not in {"", *tried}:
+                    return [given]
+        every = [t.params.items() for t in self.study.optuna.get_trials(deepcopy=False)]
+        return [s for s in self.starts if not any(s.items() <= p for p in every)][:1]
+
+    def _recipe(self, given: dict[str, Any], epochs: int) -> str:
+        """The recipe of a study's parameters; empty where these strengths do not go together."""
+        try:
+            return str(self.space.suggest(Fixed(given), epochs))
+        except TautError:
+            return ""
+
     def _ask(self, start: list[dict[str, Any]]) -> Trial | None:
         """A trial of what it may start by, if anything, or of what the sampler proposes."""
         seen = len(self.study.optuna.get_trials(deepcopy=False))
+        if self.options.sampler == "grid":
+            start = self.grid[seen : seen + 1]
+            if not start:
+                return None
         for values in start:
             self.study.optuna.enqueue_trial(values)
-        if self.options.sampler == "grid":
-            if seen >= len(self.grid):
-                return None
-            self.study.optuna.enqueue_trial(self.grid[seen])
         return self.study.ask(sampler(self.options.sampler, self.options.seed, seen))
 
     def _accepted(

@@ -125,7 +125,7 @@ class Outlook:
         """
         space = replace(space, flat=False)
         predicted = any(b.axis in _PREDICTED for b in self.goal.bounds)
-        rising = {n: self._rising(space, n) for n in space.knobs}
+        rising = self.rising(space)
         found = []
         for mix in space.recode:
             names = mix.split(" > ")
@@ -155,6 +155,10 @@ class Outlook:
                     low, high = (low, middle) if keeps(middle) else (middle, high)
                 found.append(at(high))
         return found
+
+    def rising(self, space: Space) -> dict[str, bool]:
+        """For each technique with a strength, whether more of it takes fewer bytes."""
+        return {n: self._rising(replace(space, flat=False), n) for n in space.knobs}
 
     def _rising(self, space: Space, name: str) -> bool:
         """Whether a technique takes fewer bytes the higher its strength is sampled."""

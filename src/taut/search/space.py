@@ -109,6 +109,18 @@ class Knob:
         found = min(max(math.exp(found), self.low), self.high) if self._log else found
         return round(found) if self.scale == "whole" else found
 
+    def share(self, sample: Any) -> float:
+        """How far between the ends a sample lies: what `at` gives back.
+
+        >>> Knob(step="", option="", scale="log", low=1, high=100).share(10)
+        0.5
+        """
+        if self.scale == "words":
+            return self.words.index(sample) / max(len(self.words) - 1, 1)
+        ends = (self.low, self.high, sample)
+        low, high, found = (math.log(v) if self._log else v for v in ends)
+        return (found - low) / (high - low) if high > low else 1.0
+
     def spread(self, count: int) -> list[Any]:
         """Samples from end to end, `count` at most."""
         if self.scale == "words":
