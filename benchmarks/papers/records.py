@@ -135,9 +135,9 @@ RECORDS = (
     ),
     Record(
         "Transformer, King James",
-        lambda: TransformerLanguageModel(vocabulary(), 128, 4, 2, STEPS), language_task,
+        lambda: TransformerLanguageModel(vocabulary(), 256, 8, 2, STEPS), language_task,
         f"{FAST} > recover(epochs=10, learning_rate=2e-3, distill=0)",
-        AIMED.format(54_000, 20, 2e-3) + "temperature=1)", 30, 2.0, " % of perplexity", "",
+        AIMED.format(212_000, 25, 2e-3) + "temperature=1)", 30, 2.0, " % of perplexity", "",
     ),
 )  # fmt: skip
 
