@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 import taut
+from taut.export.attention import as_products
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -70,6 +71,67 @@ def test_it_is_pytorchs_at_any_length(name: str, suffix: str, tmp_path: Path) ->
         assert wanted.isfinite().all()
         close = {"onnx": 1e-4, "xml": 0.02}[suffix]  # OpenVINO may take bfloat16 where that is fast
         torch.testing.assert_close(found.network(x), wanted, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_other_floats_run_too(dtype: torch.dtype, tmp_path: Path) -> None:
+    for name in ("causal", "signs", "minus infinity"):
+        net, x = build(RUNS[name]).to(dtype), torch.randn(2, 5, 16, dtype=dtype)
+        x[-1, :, 0] = -x[-1, :, 0].abs()
+        found = taut.export(net, tmp_path / f"{name}.onnx", x)
+        assert found.network is not None
+        close = 0.02 if dtype is torch.float16 else 1e-4
+        torch.testing.assert_close(found.network(x), net(x), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({}, {}),
+        ({"batch_first": False, "bias": False}, {"need_weights": False}),
+        ({"kdim": 6, "vdim": 5}, {"need_weights": False}),
+        ({}, {"key_padding_mask": torch.tensor([[False, True, False], [False, False, True]])}),
+        ({}, {"attn_mask": torch.randn(8, 3, 3), "average_attn_weights": False}),
+        ({}, {"attn_mask": torch.ones(3, 3, dtype=torch.bool).triu(1), "need_weights": False}),
+        ({"add_bias_kv": True}, {}),
+    ],
+)
+@torch.no_grad()
+def test_multi_head_attention_is_pytorchs(options: dict, given: dict) -> None:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(16, 4, **{"batch_first": True, **options}).eval()
+    x, first = torch.randn(2, 3, 16), layer.batch_first
+    key, value = (torch.randn(2, 3, n) if "kdim" in options else x for n in (6, 5))
+    inputs = [t if first else t.transpose(0, 1) for t in (x, key, value)]
+    if "kdim" not in options:
+        inputs = inputs[:1] * 3
+    wanted = layer(*inputs, **given)
+    as_products(layer)
+    for found, right in zip(layer(*inputs, **given), wanted, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def test_a_value_that_the_network_gives_stays_one(tmp_path: Path) -> None:
+    def run(net, x):
+        turned = net.q(x).relu().transpose(1, 2)
+        return turned, net.out(turned.transpose(1, 2)), turned * torch.ones_like(turned)
+
+    net, x = Net(run, q=nn.Linear(16, 32), out=nn.Linear(32, 4)).eval(), torch.randn(2, 5, 16)
+    found = taut.export(net, tmp_path / "net.onnx", x)
+    assert found.network is not None
+    for got, wanted in zip(found.network(x), net(x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_causal_mask_takes_no_room(tmp_path: Path) -> None:
+    sizes = [
+        taut.export(build(RUNS["causal"]), tmp_path / f"{n}.onnx", torch.randn(1, n, 16))
+        for n in (16, 64, 512)
+    ]
+    small, middle, large = (s.path.stat().st_size for s in sizes)
+    assert middle < small + 64 * 64 + 1000  # a byte each
+    assert large < small + 1000  # none: an engine makes it as it loads the file
 
 
 @pytest.mark.parametrize("shared", [2, 4])

@@ -10,6 +10,7 @@ from taut import edits
 from taut.container import encode
 from taut.errors import FormatError, RecipeError
 from taut.groups import AsGraph, Groups, cut, cut_graph
+from taut.groups.rewrite import as_graph
 from taut.modules import clone, tensor_at
 from taut.pack import load, pack
 from taut.packed import Plain
@@ -77,8 +78,19 @@ def test_constants_of_the_code_are_made_again_and_not_stored(tmp_path):
     graph = cut_graph(net, groups, keep)
     assert graph.state_dict().keys() == net.state_dict().keys()
     assert sum(b.numel() for b in graph.buffers()) == 2
-    pack(graph, tmp_path / "net.taut", "float32")
-    assert torch.equal(load(tmp_path / "net.taut", clone(net))(x), graph(x))
+    for number, each in enumerate((graph, clone(graph))):
+        pack(each, tmp_path / f"{number}.taut", "float32")
+        assert torch.equal(load(tmp_path / f"{number}.taut", clone(net))(x), graph(x))
+
+
+def test_buffers_that_no_file_of_the_network_holds_are_in_that_of_its_graph(tmp_path):
+    net, x = build("encoder")
+    net.register_buffer("table", torch.randn(x.shape[-1]), persistent=False)
+    net.forward = lambda x, run=net.forward: run(x + net.table)
+    assert "table" not in net.state_dict()
+    graph = as_graph(net, ((x,), {}))
+    assert "table" in graph.state_dict()
+    torch.testing.assert_close(graph(x), net(x))
 
 
 def test_it_trains_and_its_norms_follow_the_mode():

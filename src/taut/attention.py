@@ -36,16 +36,22 @@ def attended(
 
     q, k, v = (heads(t) for t in projected)
     mask = _mask(key_padding_mask, attn_mask, q)
-    mixed = F.scaled_dot_product_attention(q, k, v, mask)
+    weights = _weights(q, k, mask) if need_weights else None
+    if weights is None or torch.compiler.is_exporting():  # one that nobody asks for is left out
+        mixed = F.scaled_dot_product_attention(q, k, v, mask)
+    else:
+        mixed = weights @ v
     out: Tensor = layer.out_proj(mixed.transpose(1, 2).flatten(2).transpose(0, first))
-    if not need_weights:
-        return out, None
-    scores = q @ k.transpose(-2, -1) / layer.head_dim**0.5
-    if mask is not None:
-        sees = mask.dtype is torch.bool
-        scores = scores.masked_fill(~mask, float("-inf")) if sees else scores + mask
-    weights = scores.softmax(-1)
-    return out, weights.mean(1) if average_attn_weights else weights
+    return out, weights if weights is None or not average_attn_weights else weights.mean(1)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1)
 
 
 def _mask(padding: Tensor | None, attention: Tensor | None, q: Tensor) -> Tensor | None:

@@ -4,8 +4,9 @@ A reshaping technique changes a live network and notes each change; `pack` write
 the file, and `load` replays them before it fills in the numbers. So an edit makes structure only,
 and says no more than it must: a cut is the new sizes, a factored layer its path and rank.
 
-An edit never makes a network larger, but for one `Widen`, which at most doubles widths: a hostile
-file cannot cost more than four times the model that it is loaded into. Its options are JSON: text,
+An edit never makes a network larger, but for one `Widen`, which at most doubles widths, and for the
+constants of the network's own code, which its graph holds: a hostile file cannot cost more than
+four times the model that it is loaded into. Its options are JSON: text,
 whole numbers, truth values, lists and objects of them; they are checked by their types before they
 are used.
 """

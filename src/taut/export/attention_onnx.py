@@ -15,8 +15,8 @@ from typing import Any, cast
 import numpy as np
 from onnxscript import ir, opset21
 
-_NOWHERE = -1e30
-"""Finite in every precision but float16's, and lost beside nothing that a softmax can tell."""
+_NOWHERE = {ir.DataType.FLOAT16: -3e4}
+"""Finite, and lost beside nothing that a softmax can tell; elsewhere than in float16 -1e30."""
 
 
 def attention_as_onnx(
@@ -27,38 +27,36 @@ def attention_as_onnx(
 
     Dropout is none: what is exported is in eval mode.
     """
-    op = cast(Any, opset21)
-    axes, later = list(range(len(key.shape))), _causal(op, query, key) if is_causal else None
+    op, kind = cast(Any, opset21), query.dtype
+    zero, nowhere = (_number(op, n, kind) for n in (0.0, _NOWHERE.get(kind, -1e30)))
+    axes, later = list(range(len(key.shape))), None
+    if is_causal:
+        later = op.Where(_seen(op, query, key), zero, nowhere)
     if enable_gqa:
         key, value = (_repeated(op, each, query.shape[-3]) for each in (key, value))
     turned = op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = op.MatMul(op.Mul(query, _number(op, scale)), turned)
+    scores = op.MatMul(op.Mul(query, _number(op, scale, kind)), turned)
     looks = None
     if later is not None:
         scores = op.Add(scores, later)
     elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
-        scores = op.Add(scores, op.Where(attn_mask, _number(op, 0.0), _number(op, _NOWHERE)))
-        looks = op.Cast(attn_mask, to=ir.DataType.FLOAT.value)
+        scores = op.Add(scores, op.Where(attn_mask, zero, nowhere))
+        looks = op.Cast(attn_mask, to=kind.value)
     elif attn_mask is not None:
-        scores = op.Add(scores, op.Max(attn_mask, _number(op, _NOWHERE)))
-        seen = op.GreaterOrEqual(attn_mask, _number(op, float(np.finfo(np.float32).min)))
-        looks = op.Cast(seen, to=ir.DataType.FLOAT.value)
+        scores = op.Add(scores, op.Max(attn_mask, nowhere))
+        looks = op.Cast(op.GreaterOrEqual(attn_mask, _number(op, kind.min, kind)), to=kind.value)
     mixed = op.MatMul(op.Softmax(scores, axis=-1), value)
     if looks is None:
         return mixed
     return op.Mul(mixed, op.ReduceMax(looks, _integers(op, -1)))
 
 
-def _causal(op: Any, query: Any, key: Any) -> Any:
-    """[length of query, length of key], with nothing to add where a key does not come later."""
-    lengths = query.shape[-2], key.shape[-2]
-    if all(isinstance(n, int) for n in lengths):
-        seen = np.tri(*lengths, dtype=bool)
-        return op.Constant(value=ir.tensor(np.where(seen, 0, _NOWHERE).astype(np.float32)))
+def _seen(op: Any, query: Any, key: Any) -> Any:
+    """[length of query, length of key] bool: what does not come later."""
     ends = [op.Shape(x, start=-2, end=-1) for x in (query, key)]
-    seen = op.Trilu(op.Expand(_number(op, 1.0), op.Concat(*ends, axis=0)), upper=0)
-    return op.Mul(op.Sub(_number(op, 1.0), seen), _number(op, _NOWHERE))
+    ones = op.Expand(_number(op, 1.0, query.dtype), op.Concat(*ends, axis=0))
+    return op.Cast(op.Trilu(ones, upper=0), to=ir.DataType.BOOL.value)
 
 
 def _repeated(op: Any, value: Any, heads: int) -> Any:
@@ -72,8 +70,8 @@ def _repeated(op: Any, value: Any, heads: int) -> Any:
     return op.Reshape(several, _integers(op, *kept, heads, -1, width))
 
 
-def _number(op: Any, value: float) -> Any:
-    return op.Constant(value=ir.tensor(np.float32(value)))
+def _number(op: Any, value: float, kind: ir.DataType) -> Any:
+    return op.Constant(value=ir.tensor(np.asarray(value, kind.numpy()), dtype=kind))
 
 
 def _integers(op: Any, *numbers: int) -> Any:

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import io
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -188,11 +189,20 @@ def _may_fold(node: ir.Node) -> bool | None:
     if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
         return False
     given = [v for v in node.inputs if v is not None]
+    made = node.outputs[0].shape
+    if node.op_type in ("Expand", "ConstantOfShape") and made is not None:
+        sizes = [d if isinstance(d, int) else 0 for d in made]
+        return False if math.prod(sizes) > _FILLED else None
     if node.op_type == "Where" and all(v.const_value is not None for v in given):
-        return sum(v.const_value.size > 1 for v in given if v.const_value is not None) > 1
+        several = sum(v.const_value.size > 1 for v in given if v.const_value is not None)
+        return False if several == 1 else None
     if node.op_type not in _MOVES or not all(v.const_value is not None for v in given):
         return None
     return node.op_type != "Transpose" or len(given[0].uses()) == 1
+
+
+_FILLED = 1 << 16
+"""Equal numbers that a file may hold instead of an operation that makes them."""
 
 
 def _numbers(value: ir.Value | None) -> list[int] | None:

@@ -11,8 +11,9 @@ from onnxscript import ir
 def tidy(graph: ir.Graph) -> None:
     """Take them out."""
     for node in list(graph):
-        if node.op_type == "Mul" and (same := _times_ones(node)) is not None:
-            ir.convenience.replace_all_uses_with(node.outputs[0], same, replace_graph_outputs=True)
+        inner = not node.outputs[0].is_graph_output()
+        if node.op_type == "Mul" and inner and (same := _times_ones(node)) is not None:
+            ir.convenience.replace_all_uses_with(node.outputs[0], same)
             graph.remove(node, safe=True)
         elif node.op_type == "Transpose":
             _join(graph, node)
@@ -28,8 +29,12 @@ def share(model: ir.Model) -> None:
         once(model)
 
 
-_LARGEST = 1 << 16
+_LARGEST = 1 << 20
 """Numbers of a constant that is compared with others."""
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _times_ones(node: ir.Node) -> ir.Value | None:
@@ -48,7 +53,7 @@ def _times_ones(node: ir.Node) -> ir.Value | None:
 def _join(graph: ir.Graph, node: ir.Node) -> None:
     """Make a transposition of a transposition one, where nothing else reads the first."""
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if before is None or before.op_type != "Transpose" or len(before.outputs[0].uses()) != 1:
+    if before is None or before.op_type != "Transpose" or not _read_once(before.outputs[0]):
         return
     first, then = (n.attributes.get_ints("perm") for n in (before, node))
     if first and then:

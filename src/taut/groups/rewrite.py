@@ -127,6 +127,10 @@ class GraphNet(fx.GraphModule):
         with warnings.catch_warnings():  # PyTorch's own, of its specs of arguments
             warnings.simplefilter("ignore", FutureWarning)
             copied = cast(GraphNet, super().__deepcopy__(memo))
+        for path, module in self.named_modules():  # which buffers no file holds
+            copied.get_submodule(path)._non_persistent_buffers_set = {
+                *module._non_persistent_buffers_set
+            }
         for edit in edits.of(self):
             edits.note(copied, edit)
         return copied
@@ -148,7 +152,8 @@ def as_graph(model: nn.Module, example: Example) -> fx.GraphModule:
             norm.meta = node.meta
             node.replace_all_uses_with(norm)
             module.graph.erase_node(node)
-    own, graph = model.state_dict().keys(), GraphNet(module, module.graph).eval()
+    own = {*model.state_dict(), *(n for n, _ in model.named_buffers(remove_duplicate=False))}
+    graph = GraphNet(module, module.graph).eval()
     for name in graph.state_dict().keys() - own:  # the code makes its constants, no file holds them
         path, _, leaf = name.rpartition(".")
         graph.get_submodule(path)._non_persistent_buffers_set.add(leaf)

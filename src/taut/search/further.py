@@ -27,9 +27,9 @@ _WORTH = 0.9  # of the bytes: where what broke the goal is no smaller, the edge 
 
 
 class Rising(Protocol):
-    """What knows for each technique with a strength whether more of it takes fewer bytes."""
+    """What knows of a technique with a strength whether more of it takes fewer bytes."""
 
-    def rising(self, space: Space) -> Mapping[str, bool]: ...
+    def rises(self, space: Space, name: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def further(space: Space, outlook: Rising, tried: Sequence[Tried]) -> Iterator[d
     for t in tried:
         if t.keeps and (_mix(t) not in best or t.size < best[_mix(t)].size):
             best[_mix(t)] = t
-    rising = outlook.rising(space) if best else {}
     for found in sorted(best.values(), key=lambda t: t.size):
-        knobs = _knobs(space, rising, found)
+        knobs = _knobs(space, outlook, found)
         at = _strengths(knobs, found)
         fell = [(_strengths(knobs, t), t) for t in tried
                 if not t.keeps and _mix(t) == _mix(found)]  # fmt: skip
@@ -82,11 +81,17 @@ def _mix(tried: Tried) -> tuple[Any, Any]:
     return tried.given["reshape"], tried.given["recode"]
 
 
-def _knobs(space: Space, rising: Mapping[str, bool], tried: Tried) -> list[tuple[Knob, bool]]:
-    """The knobs that a mix turns, and whether more of each is stronger; an aim's is weaker."""
+def _knobs(space: Space, outlook: Rising, tried: Tried) -> list[tuple[Knob, bool]]:
+    """The knobs that a mix turns, and whether more of each is stronger; an aim's is weaker.
+
+    What a technique that reshapes chooses by words is no strength.
+    """
     reshape, recode = _mix(tried)
     names = [n for n in (reshape, *recode.split(" > ")) if n != NOTHING]
-    found = [(space.knobs[n], rising[n]) for n in names if n in space.knobs]
+    found = [
+        (space.knobs[n], outlook.rises(space, n)) for n in names
+        if n in space.knobs and (n != reshape or space.knobs[n].scale != "words")
+    ]  # fmt: skip
     return [*found, (space.aim, False)] if space.aims.intersection(names) else found
 
 

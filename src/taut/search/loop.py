@@ -47,7 +47,7 @@ from taut.search.outlook import Outlook
 from taut.search.pools import Clock, Here, Pool, Processes, timed
 from taut.search.result import Lost, SearchResult
 from taut.search.samplers import BAYESIAN, FLAT, sampler
-from taut.search.space import Fixed, Space
+from taut.search.space import Space
 from taut.search.study import Study, bracket_of, candidate_of, history_of, recipe_of, why_of
 from taut.task import Task
 from taut.trace import trace
@@ -260,10 +260,11 @@ class Searching:
                 self.pool.submit(self._job(trial, recipe_of(trial)))
             if not flying:
                 return
-            job, outcome = self._next()
-            done[job.number] = outcome
-            while flying and (first := next(iter(flying))) in done:
-                self._tell(flying.pop(first), done.pop(first))
+            first = next(iter(flying))
+            while first not in done:
+                job, outcome = self._next()
+                done[job.number] = outcome
+            self._tell(flying.pop(first), done.pop(first))
 
     def _tournaments(self, adopted: list[Trial]) -> None:
         """Bracket after bracket; those that a killed search left open come first."""
@@ -348,21 +349,14 @@ class Searching:
     def _first(self, epochs: int, tried: set[str]) -> list[dict[str, Any]]:
         """What a Bayesian search tries before it asks its model, if anything."""
         trials, o = self.study.trials(), self.options
+        every = [t.params.items() for t in self.study.optuna.get_trials(deepcopy=False)]
+        first = list(self.starts)
         goes = o.sampler in BAYESIAN and o.minimize == "bytes" and o.halving == "none"
         if goes and len(trials) % 2:  # every second trial goes on from what keeps the goal
             seen = [met_by(t, self.goal, self.original) for t in trials if t.state.is_finished()]
-            for given in further(self.space, self.outlook, seen):
-                if self._recipe(given, epochs) not in {"", *tried}:
-                    return [given]
-        every = [t.params.items() for t in self.study.optuna.get_trials(deepcopy=False)]
-        return [s for s in self.starts if not any(s.items() <= p for p in every)][:1]
-
-    def _recipe(self, given: dict[str, Any], epochs: int) -> str:
-        """The recipe of a study's parameters; empty where these strengths do not go together."""
-        try:
-            return str(self.space.suggest(Fixed(given), epochs))
-        except TautError:
-            return ""
+            more = further(self.space, self.outlook, seen)
+            first[:0] = [m for m in more if self.space.text(m, epochs) not in tried]
+        return [s for s in first if not any(s.items() <= p for p in every)][:1]
 
     def _ask(self, start: list[dict[str, Any]]) -> Trial | None:
         """A trial of what it may start by, if anything, or of what the sampler proposes."""

@@ -44,6 +44,7 @@ class Outlook:
         self.ground, self.original, self.goal = ground, original, goal
         self.statistics = Statistics(self.model, ground.calibration, self.trace, ground.curves)
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
+        self._rising: dict[str, bool] = {}
         self.shrinking: set[str] = set()  # techniques that reshape and make the file smaller
 
     def forecast(self, recipe: Recipe) -> Forecast:
@@ -125,7 +126,8 @@ class Outlook:
         """
         space = replace(space, flat=False)
         predicted = any(b.axis in _PREDICTED for b in self.goal.bounds)
-        rising = self.rising(space)
+        within = {n for mix in space.recode for n in mix.split(" > ")} & space.knobs.keys()
+        rising = {n: self.rises(space, n) for n in within}
         found = []
         for mix in space.recode:
             names = mix.split(" > ")
@@ -156,24 +158,22 @@ class Outlook:
                 found.append(at(high))
         return found
 
-    def rising(self, space: Space) -> dict[str, bool]:
-        """For each technique with a strength, whether more of it takes fewer bytes."""
-        return {n: self._rising(replace(space, flat=False), n) for n in space.knobs}
-
-    def _rising(self, space: Space, name: str) -> bool:
+    def rises(self, space: Space, name: str) -> bool:
         """Whether a technique takes fewer bytes the higher its strength is sampled."""
-        if name not in space.recode:
-            return True
+        if name not in self._rising:
+            self._rising[name] = self._rises(replace(space, flat=False), name)
+        return self._rising[name]
+
+    def _rises(self, space: Space, name: str) -> bool:
+        alone = {"reshape": NOTHING, "recode": NOTHING}
+        alone["reshape" if name in space.reshape else "recode"] = name
         sizes = []
         for share in (0.0, 1.0):
-            given = {space.knobs[name].name: space.knobs[name].at(share)}
+            given = {**alone, space.knobs[name].name: space.knobs[name].at(share)}
             try:
-                found = self.forecast(
-                    space.suggest(Fixed({"reshape": NOTHING, "recode": name, **given}), 1)
-                )
+                sizes.append(self.forecast(space.suggest(Fixed(given), 1)).size_bytes)
             except TautError:  # its end does not go with its other options
                 return True
-            sizes.append(found.size_bytes)
         return sizes[1] <= sizes[0]
 
     def _works(self, cls: type[Technique]) -> bool:

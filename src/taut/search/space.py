@@ -257,6 +257,13 @@ class Space:
         aim = int(self.aim.suggest(trial)) if aimed or (self.flat and self.aims) else 0
         return self.recipe(names, values, aim if aimed else 0, epochs)
 
+    def text(self, given: Mapping[str, Any], epochs: int) -> str:
+        """The recipe of a study's parameters; empty where these strengths do not go together."""
+        try:
+            return str(replace(self, flat=False).suggest(Fixed(given), epochs))
+        except TautError:
+            return ""
+
     def recipe(
         self, names: Sequence[str], values: Mapping[str, Any], aim: int, epochs: int
     ) -> Recipe:
