@@ -1,6 +1,4 @@
-"""What a translated graph still has and does not need: products with ones, moves after moves, what
-nothing reads, and what stands there twice.
-"""
+"""What a translated graph does not need: products with ones, moves after moves, things twice."""
 
 from __future__ import annotations
 
