@@ -110,6 +110,7 @@ def test_whole_numbers_stay_whole_and_norms_go_into_their_steps(quantized):
     assert stored["conv.weight.numbers"].data_type == onnx.TensorProto.INT8
     assert list(stored["conv.weight.numbers"].dims) == [6, 1, 3, 3]
     assert stored["last.bias.numbers"].data_type == onnx.TensorProto.INT32
+    assert stored.keys() <= {name for n in model.graph.node for name in n.input}
     dequantized = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
     assert {n.input[0] for n in dequantized if len(n.input) != 3} == {"last.bias.numbers"}
     assert [n.name for n in model.graph.node if n.op_type == "Conv"] == ["norm:Conv"]

@@ -112,6 +112,22 @@ def test_multi_head_attention_is_pytorchs(options: dict, given: dict) -> None:
         torch.testing.assert_close(found, right)
 
 
+def test_what_nobody_asks_for_is_left_out_and_equal_masks_are_one(tmp_path: Path) -> None:
+    def run(net, x):
+        later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        for layer in (net.a, net.b):
+            x, _ = layer(x, x, x, attn_mask=later.clone())
+        return x
+
+    a, b = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2))
+    found = taut.export(Net(run, a=a, b=b).eval(), tmp_path / "net.onnx", torch.randn(2, 5, 16))
+    graph = onnx.load(found.path).graph
+    kinds = [n.op_type for n in graph.node]
+    counted = {k: kinds.count(k) for k in ("Softmax", "Mul", "Transpose", "Where")}
+    assert counted == {"Softmax": 2, "Mul": 2, "Transpose": 8, "Where": 1}
+    assert [list(i.dims) for i in graph.initializer].count([5, 5]) == 1
+
+
 def test_a_value_that_the_network_gives_stays_one(tmp_path: Path) -> None:
     def run(net, x):
         turned = net.q(x).relu().transpose(1, 2)

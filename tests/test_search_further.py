@@ -1,5 +1,7 @@
 """Less of the same: strengths rise together, by halves, up to the first that broke the goal."""
 
+import math
+
 import pytest
 import torch
 from conftest import digits_task, small_net
@@ -20,9 +22,8 @@ SPACE = Space(
 )  # fmt: skip
 
 
-class Known:
-    def rises(self, space, name):
-        return name == "prune"
+def rises(name):
+    return name == "prune"
 
 
 def pruned(logit, keeps=True, size=1000.0):
@@ -36,21 +37,25 @@ def both(logit, bits, keeps=True, size=800.0):
 
 
 def test_half_way_to_the_end_and_then_to_what_broke():
-    (first,) = further(SPACE, Known(), [pruned(0.0)])
+    (first,) = further(SPACE, rises, [pruned(0.0)])
     assert first == {**pruned(0.0).given, "prune.sparsity (logit)": 2.0}
-    (then,) = further(SPACE, Known(), [pruned(0.0), pruned(2.0, keeps=False, size=500.0)])
+    (then,) = further(SPACE, rises, [pruned(0.0), pruned(2.0, keeps=False, size=500.0)])
     assert then["prune.sparsity (logit)"] == pytest.approx(1.0)
     tried = [pruned(0.0), pruned(2.0, keeps=False, size=500.0), pruned(1.0, size=900.0)]
-    (last,) = further(SPACE, Known(), tried)
+    (last,) = further(SPACE, rises, tried)
     assert last["prune.sparsity (logit)"] == pytest.approx(1.5)
 
 
 def test_an_edge_that_is_found_is_left():
     near = [pruned(0.0), pruned(2.0, keeps=False, size=950.0), both(0.0, 5, size=1500.0)]
-    (found,) = further(SPACE, Known(), near)
+    (found,) = further(SPACE, rises, near)
     assert found["recode"] == "prune > share"
+    larger = [pruned(0.0), pruned(2.0, keeps=False, size=1200.0)]
+    assert list(further(SPACE, rises, larger)) == []
+    came_to_nothing = [pruned(0.0), pruned(2.0, keeps=False, size=math.inf)]
+    assert len(list(further(SPACE, rises, came_to_nothing))) == 1
     far = [pruned(0.0), pruned(2.0, keeps=False, size=850.0)]
-    assert len(list(further(SPACE, Known(), far))) == 1
+    assert len(list(further(SPACE, rises, far))) == 1
 
 
 def test_strengths_of_a_mix_rise_together_and_mixes_come_smallest_first():
@@ -60,16 +65,16 @@ def test_strengths_of_a_mix_rise_together_and_mixes_come_smallest_first():
         both(-2.0, 9, size=900.0),
         both(-4.0, 1, keeps=False, size=100.0),
     ]
-    first, second = further(SPACE, Known(), tried)
+    first, second = further(SPACE, rises, tried)
     assert (first["prune.sparsity (logit)"], first["share.bits"]) == (2.0, 3)
     assert second["recode"] == "prune"
 
 
 def test_an_aim_goes_down_and_nothing_goes_on_from_what_broke():
     given = {"reshape": NOTHING, "recode": "code", "aim.size_bytes": 1000}
-    (found,) = further(SPACE, Known(), [Tried(given, True, 1000.0), pruned(0.0, keeps=False)])
+    (found,) = further(SPACE, rises, [Tried(given, True, 1000.0), pruned(0.0, keeps=False)])
     assert found["aim.size_bytes"] == pytest.approx(316, abs=1)
-    assert list(further(SPACE, Known(), [pruned(0.0, keeps=False)])) == []
+    assert list(further(SPACE, rises, [pruned(0.0, keeps=False)])) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])

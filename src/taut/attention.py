@@ -21,8 +21,9 @@ def is_usual(layer: nn.MultiheadAttention, query: Tensor) -> bool:
 
 
 def attended(
-    layer: nn.MultiheadAttention, projected: Iterable[Tensor], key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None, need_weights: bool, average_attn_weights: bool,
+    layer: nn.MultiheadAttention, projected: Iterable[Tensor],
+    key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None,
+    need_weights: bool = False, average_attn_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What the layer gives in eval mode; its other arguments are those of its forward.
 

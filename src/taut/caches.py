@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from taut.attention import attended
+
 Cache = tuple[Tensor, Tensor]
 """Keys and values, [batch, steps, width] each."""
 
@@ -45,13 +47,8 @@ def attend(layer: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[Ten
     query, *new = _projected(layer, x)
     keys, values = new if cache is None else map(torch.cat, zip(cache, new, strict=True), (1, 1))
     steps, length = query.shape[1], keys.shape[1]
-    sees = None if steps == 1 else _not_later(steps, length, x.device)
-
-    def heads(t: Tensor) -> Tensor:  # → [batch, heads, steps, width of a head]
-        return t.reshape(*t.shape[:2], layer.num_heads, layer.head_dim).transpose(1, 2)
-
-    out = F.scaled_dot_product_attention(heads(query), heads(keys), heads(values), sees)
-    return layer.out_proj(out.transpose(1, 2).flatten(2)), (keys, values)
+    hidden = None if steps == 1 else _later(steps, length, x.device)
+    return attended(layer, (query, keys, values), attn_mask=hidden)[0], (keys, values)
 
 
 def counted(x: Tensor, cache: Cache | None = None) -> Cache:
@@ -73,6 +70,6 @@ def _product(layer: nn.Module, name: str, x: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, layer).product(name, x))
 
 
-def _not_later(steps: int, length: int, device: torch.device) -> Tensor:
-    """[steps, length] bool: which keys each new step may see, the last ones being its own."""
-    return torch.ones(steps, length, dtype=torch.bool, device=device).tril(length - steps)
+def _later(steps: int, length: int, device: torch.device) -> Tensor:
+    """[steps, length] bool: which keys each new step may not see, the last ones being its own."""
+    return torch.ones(steps, length, dtype=torch.bool, device=device).triu(length - steps + 1)

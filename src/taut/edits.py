@@ -6,9 +6,8 @@ and says no more than it must: a cut is the new sizes, a factored layer its path
 
 An edit never makes a network larger, but for one `Widen`, which at most doubles widths, and for the
 constants of the network's own code, which its graph holds: a hostile file cannot cost more than
-four times the model that it is loaded into. Its options are JSON: text,
-whole numbers, truth values, lists and objects of them; they are checked by their types before they
-are used.
+four times the model that it is loaded into. Its options are JSON: text, whole numbers, truth
+values, lists and objects of them; they are checked by their types before they are used.
 """
 
 from __future__ import annotations

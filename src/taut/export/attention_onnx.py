@@ -29,17 +29,14 @@ def attention_as_onnx(
     """
     op, kind = cast(Any, opset21), query.dtype
     zero, nowhere = (_number(op, n, kind) for n in (0.0, _NOWHERE.get(kind, -1e30)))
-    axes, later = list(range(len(key.shape))), None
-    if is_causal:
-        later = op.Where(_seen(op, query, key), zero, nowhere)
+    axes, looks = list(range(len(key.shape))), None
     if enable_gqa:
         key, value = (_repeated(op, each, query.shape[-3]) for each in (key, value))
     turned = op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = op.MatMul(op.Mul(query, _number(op, scale, kind)), turned)
-    looks = None
-    if later is not None:
-        scores = op.Add(scores, later)
+    if is_causal:
+        scores = op.Add(scores, op.Where(_seen(op, query, key), zero, nowhere))
     elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
         scores = op.Add(scores, op.Where(attn_mask, zero, nowhere))
         looks = op.Cast(attn_mask, to=kind.value)

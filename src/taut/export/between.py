@@ -152,12 +152,12 @@ def _round(graph: ir.Graph, value: ir.Value, numbers: Tensor) -> ir.Value:
         given.append(constant)
     first = ir.node("QuantizeLinear", [value, *given])
     second = ir.node("DequantizeLinear", [first.outputs[0], *given])
-    node = value.producer()  # none where it is an input of the network
-    for made in (first, second):
-        made.metadata_props.update({} if node is None else node.metadata_props)
     second.outputs[0].shape, second.outputs[0].type = value.shape, value.type
-    if node is None:
+    node = value.producer()
+    if node is None:  # it is an input of the network
         graph.insert_before(graph[0], [first, second])
-    else:
-        graph.insert_after(node, [first, second])
+        return second.outputs[0]
+    for made in (first, second):
+        made.metadata_props.update(node.metadata_props)
+    graph.insert_after(node, [first, second])
     return second.outputs[0]

@@ -21,8 +21,8 @@ def share(model: ir.Model) -> None:
     """Keep one of equal constants and of equal steps, and nothing that is not read."""
     common = ir.passes.common
     for once in (
-        common.RemoveUnusedNodesPass(), common.DeduplicateInitializersPass(_LARGEST),
-        common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(_LARGEST), common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
     ):  # fmt: skip
         once(model)
 

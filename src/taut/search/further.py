@@ -11,9 +11,9 @@ of the bytes apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -26,10 +26,8 @@ _SAME = 1e-9
 _WORTH = 0.9  # of the bytes: where what broke the goal is no smaller, the edge is found
 
 
-class Rising(Protocol):
-    """What knows of a technique with a strength whether more of it takes fewer bytes."""
-
-    def rises(self, space: Space, name: str) -> bool: ...
+Rises = Callable[[str], bool]
+"""Whether more of a technique, by its name, takes fewer bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def met_by(trial: FrozenTrial, goal: Goal, original: Measurement) -> Tried:
     return Tried(trial.params, goal.met(measured, original), measured.size_bytes)
 
 
-def further(space: Space, outlook: Rising, tried: Sequence[Tried]) -> Iterator[dict[str, Any]]:
+def further(space: Space, rises: Rises, tried: Sequence[Tried]) -> Iterator[dict[str, Any]]:
     """What to try next, as a study's parameters: for each mix that keeps the goal, smallest first.
 
     tried: with their sizes in bytes.
@@ -60,7 +58,7 @@ def further(space: Space, outlook: Rising, tried: Sequence[Tried]) -> Iterator[d
         if t.keeps and (_mix(t) not in best or t.size < best[_mix(t)].size):
             best[_mix(t)] = t
     for found in sorted(best.values(), key=lambda t: t.size):
-        knobs = _knobs(space, outlook, found)
+        knobs = _knobs(space, rises, found)
         at = _strengths(knobs, found)
         fell = [(_strengths(knobs, t), t) for t in tried
                 if not t.keeps and _mix(t) == _mix(found)]  # fmt: skip
@@ -68,7 +66,7 @@ def further(space: Space, outlook: Rising, tried: Sequence[Tried]) -> Iterator[d
             (s, t) for s, t in fell if all(a - _SAME <= b for a, b in zip(at, s, strict=True))
         ]
         ends, broke = min(beyond, key=lambda b: sum(b[0]), default=([1.0] * len(knobs), None))
-        if broke is not None and _WORTH * found.size < broke.size < found.size:
+        if broke is not None and _WORTH * found.size < broke.size < math.inf:
             continue
         middle = [(a + b) / 2 for a, b in zip(at, ends, strict=True)]
         yield {
@@ -81,7 +79,7 @@ def _mix(tried: Tried) -> tuple[Any, Any]:
     return tried.given["reshape"], tried.given["recode"]
 
 
-def _knobs(space: Space, outlook: Rising, tried: Tried) -> list[tuple[Knob, bool]]:
+def _knobs(space: Space, rises: Rises, tried: Tried) -> list[tuple[Knob, bool]]:
     """The knobs that a mix turns, and whether more of each is stronger; an aim's is weaker.
 
     What a technique that reshapes chooses by words is no strength.
@@ -89,7 +87,7 @@ def _knobs(space: Space, outlook: Rising, tried: Tried) -> list[tuple[Knob, bool
     reshape, recode = _mix(tried)
     names = [n for n in (reshape, *recode.split(" > ")) if n != NOTHING]
     found = [
-        (space.knobs[n], outlook.rises(space, n)) for n in names
+        (space.knobs[n], rises(n)) for n in names
         if n in space.knobs and (n != reshape or space.knobs[n].scale != "words")
     ]  # fmt: skip
     return [*found, (space.aim, False)] if space.aims.intersection(names) else found

@@ -18,6 +18,7 @@ import logging
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -354,7 +355,7 @@ class Searching:
         goes = o.sampler in BAYESIAN and o.minimize == "bytes" and o.halving == "none"
         if goes and len(trials) % 2:  # every second trial goes on from what keeps the goal
             seen = [met_by(t, self.goal, self.original) for t in trials if t.state.is_finished()]
-            more = further(self.space, self.outlook, seen)
+            more = further(self.space, partial(self.outlook.rises, self.space), seen)
             first[:0] = [m for m in more if self.space.text(m, epochs) not in tried]
         return [s for s in first if not any(s.items() <= p for p in every)][:1]
 

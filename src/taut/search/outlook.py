@@ -44,7 +44,7 @@ class Outlook:
         self.ground, self.original, self.goal = ground, original, goal
         self.statistics = Statistics(self.model, ground.calibration, self.trace, ground.curves)
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
-        self._rising: dict[str, bool] = {}
+        self._rising: dict[str, bool] = {}  # what `rises` found
         self.shrinking: set[str] = set()  # techniques that reshape and make the file smaller
 
     def forecast(self, recipe: Recipe) -> Forecast:
@@ -126,8 +126,6 @@ class Outlook:
         """
         space = replace(space, flat=False)
         predicted = any(b.axis in _PREDICTED for b in self.goal.bounds)
-        within = {n for mix in space.recode for n in mix.split(" > ")} & space.knobs.keys()
-        rising = {n: self.rises(space, n) for n in within}
         found = []
         for mix in space.recode:
             names = mix.split(" > ")
@@ -137,7 +135,7 @@ class Outlook:
                 for name in names:
                     if name in space.knobs:
                         knob = space.knobs[name]
-                        given[knob.name] = knob.at(share if rising[name] else 1 - share)
+                        given[knob.name] = knob.at(share if self.rises(space, name) else 1 - share)
                 if space.aims.intersection(names):
                     given[space.aim.name] = space.aim.at(1 - share)
                 return given
