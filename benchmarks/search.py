@@ -40,7 +40,7 @@ from taut.search.halving import hypervolume, rungs
 from taut.search.jobs import Job, Outcome
 from taut.search.loop import Searching, grown
 from taut.search.options import Options, settings_of
-from taut.search.outlook import Outlook
+from taut.search.outlook import Outlook, in_turn
 from taut.search.pools import Pool
 from taut.search.result import SearchResult
 from taut.search.samplers import sampler
@@ -98,7 +98,7 @@ class Bench:
         )  # fmt: skip
         self.outlook = Outlook(ground, self.original, Goal.parse(self.goal))
         self.space = self.outlook.space(TECHNIQUES, settings_of(SETTINGS))
-        self.starts = self.outlook.starts(self.space)
+        self.starts = self.outlook.starts(self.space), self.outlook.reshaped_starts(self.space)
 
 
 @functools.cache
@@ -147,7 +147,7 @@ class UntilMet(Searching):
         return self.on.space
 
     def _starts(self) -> list[dict[str, Any]]:
-        return random.Random(self.options.seed).sample(self.on.starts, len(self.on.starts))
+        return in_turn(self.on.starts, self.options.seed)
 
     def _pool(self) -> Pool:
         return Kept(self.ground, self.known)

@@ -13,7 +13,7 @@ from taut.goal import Goal
 from taut.measure import measure
 from taut.recipe import Recipe
 from taut.reshaping import Reshaping
-from taut.search.outlook import Outlook
+from taut.search.outlook import Outlook, in_turn
 from taut.search.space import Fixed, Knob, aim_knob, strength
 from taut.technique import STEPS, register_step, techniques
 from taut.techniques import ShareValues
@@ -198,9 +198,46 @@ def test_a_search_starts_by_the_mildest_of_each_mix_that_keeps_the_bounds():
             assert 0.9 < start["aim.size_bytes"] / (0.1 * outlook.original.size_bytes) < 1
 
 
+def test_a_search_starts_by_what_reshapes_too_at_the_mildest_of_a_few_strengths():
+    outlook, _ = made("bytes<=10%, score>=-1%")
+    space = outlook.space("low_rank, prune_weights, share_values")
+    starts = outlook.reshaped_starts(space)
+    assert starts
+    assert {s["reshape"] for s in starts} == {"low_rank"}
+    assert len({s["recode"] for s in starts}) == len(starts)
+    low_rank, recoded = space.knobs["low_rank"], set()
+    for start in starts:
+        assert not any(outlook.excess(space.suggest(Fixed(start), 2)).values())
+        share = 1 - low_rank.share(start[low_rank.name])  # a low energy is the stronger
+        assert any(share == pytest.approx(s) for s in (0.25, 0.5, 0.75))
+        if share > 0.3:
+            names = start["recode"].split(" > ")
+            recoded.update(names)
+            knobs = [low_rank, *(space.knobs[n] for n in names)]
+            up = [outlook.rises(space, n) for n in ("low_rank", *names)]
+            milder = {
+                **start,
+                **{k.name: k.at(share - 0.25 if u else 1.25 - share)
+                   for k, u in zip(knobs, up, strict=True)},
+            }  # fmt: skip
+            assert outlook.forecast(space.suggest(Fixed(milder), 2)).size_bytes > (
+                0.1 * outlook.original.size_bytes
+            )
+    assert recoded
+
+
+def test_kinds_of_starts_take_turns():
+    plain, reshaped = [{"a": i} for i in range(4)], [{"b": i} for i in range(2)]
+    found = in_turn((plain, reshaped), seed=3)
+    assert [next(iter(s)) for s in found] == ["a", "b", "a", "b", "a", "a"]
+    assert sorted(s["a"] for s in found if "a" in s) == [0, 1, 2, 3]
+    assert found == in_turn((plain, reshaped), seed=3)
+
+
 def test_without_a_bound_that_is_predicted_a_search_starts_in_the_middle():
     outlook, _ = made("latency<=1ms")
-    space = outlook.space("prune_weights, share_values", flat=True)
+    space = outlook.space("low_rank, prune_weights, share_values", flat=True)
+    assert outlook.reshaped_starts(space) == []
     starts = outlook.starts(space)
     assert [s["recode"] for s in starts] == list(space.recode)
     assert starts[list(space.recode).index("share_values")]["share_values.bits"] == 4

@@ -44,7 +44,7 @@ from taut.search.further import further, met_by
 from taut.search.halving import brackets, ranked, rungs, survivors
 from taut.search.jobs import Job, Outcome
 from taut.search.options import Options
-from taut.search.outlook import Outlook
+from taut.search.outlook import Outlook, in_turn
 from taut.search.pools import Clock, Here, Pool, Processes, timed
 from taut.search.result import Lost, SearchResult
 from taut.search.samplers import BAYESIAN, FLAT, sampler
@@ -389,10 +389,12 @@ class Searching:
         return float("inf") if str(recipe) in tried else sum(excess.values())
 
     def _starts(self) -> list[dict[str, Any]]:
-        """Where a model of the outcomes begins: the mildest recipes predicted to keep the goal."""
-        every = self.outlook.starts(self.space)
-        random.Random(self.options.seed).shuffle(every)
-        return every[:_STARTS]
+        """Where a model of the outcomes begins: the mildest recipes predicted to keep the goal.
+
+        Every second one reshapes the network, where such are predicted to keep it.
+        """
+        kinds = self.outlook.starts(self.space), self.outlook.reshaped_starts(self.space)
+        return in_turn(kinds, self.options.seed)[:_STARTS]
 
     def _grid(self) -> list[dict[str, Any]]:
         every = list(self.space.grid(_GRID))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from taut.aim import Aim
 from taut.errors import SearchError, TautError
@@ -20,7 +23,7 @@ from taut.reshaping import Reshaping
 from taut.search.space import NOTHING, Fixed, Space, aim_knob, chosen, knobs_of
 from taut.statistics import Statistics
 from taut.technique import Setting, Technique, techniques
-from taut.trace import trace
+from taut.trace import Trace, trace
 from taut.trial import Ground
 from taut.types import Measurement, Site
 
@@ -28,6 +31,10 @@ _PREDICTED = {"bytes": "size_bytes", "macs": "macs", "parameters": "parameters"}
 _DOUBT = 1.25  # how far beyond a bound a prediction may lie and the recipe still be tried
 _WORTH = 0.8  # two recodings are worth trying where they are predicted so much below the better one
 _BISECTIONS = 7
+_SHARES = (0.25, 0.5, 0.75)  # of the strengths of a mix that reshapes
+
+_Ground = tuple[nn.Module, Trace, Statistics]
+"""What predictions stand on."""
 
 
 class Outlook:
@@ -50,19 +57,27 @@ class Outlook:
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
         check(recipe, self.trace)
+        return self._forecast(recipe, self._reshaped(_reshapes(recipe)))
+
+    def _reshaped(self, steps: Sequence[Reshaping]) -> _Ground:
+        """What predictions stand on once these are applied; the network itself where none is."""
         model, traced, statistics = self.model, self.trace, self.statistics
-        reshapes = [s for s in recipe.steps if isinstance(s, Reshaping)]
-        if reshapes:
+        if steps:
             statistics = Statistics(model, self.ground.glance, traced)
-        for step in reshapes:
+        for step in steps:
             if model is self.model:
                 model = clone(model)
             model = step.reshape(model, traced, statistics)
             traced = trace(model, self.task.example())
             exact = self.goal.bound("macs") is not None
             statistics = (Statistics if exact else _Even)(model, self.ground.glance, traced)
-        rest = Recipe(tuple(s for s in recipe.steps if s not in reshapes))
-        if reshapes:
+        return model, traced, statistics
+
+    def _forecast(self, recipe: Recipe, ground: _Ground) -> Forecast:
+        """The prediction where the recipe's reshaping is done."""
+        model, traced, statistics = ground
+        rest = _without(recipe, _reshapes(recipe))
+        if model is not self.model:
             check(rest, traced)
         found = forecast(rest, traced, model, statistics)
         aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
@@ -71,17 +86,15 @@ class Outlook:
     def excess(self, recipe: Recipe) -> dict[str, float]:
         """For each bound that can be predicted, how many times beyond it: 0 where it is kept."""
         check(recipe, self.trace)
-        reshapes = [s for s in recipe.steps if isinstance(s, Reshaping)]
+        reshapes = _reshapes(recipe)
         if reshapes and all(s.name in self.shrinking for s in reshapes):
-            rest = Recipe(tuple(s for s in recipe.steps if s not in reshapes))
             with contextlib.suppress(TautError):  # it may not go on the layers as they are
-                over = self._over(rest)
+                over = self._over(self.forecast(_without(recipe, reshapes)))
                 if not any(over.values()):  # less than that it will be
                     return over
-        return self._over(recipe)
+        return self._over(self.forecast(recipe))
 
-    def _over(self, recipe: Recipe) -> dict[str, float]:
-        found = self.forecast(recipe)
+    def _over(self, found: Forecast) -> dict[str, float]:
         return {
             b.axis: max(0.0, getattr(found, _PREDICTED[b.axis]) / b.limit(self.original) - 1)
             for b in self.goal.bounds if b.axis in _PREDICTED
@@ -124,37 +137,64 @@ class Outlook:
         As a study's parameters. All strengths of a mix rise together. Where no bound can be
         predicted, they are in the middle; a mix that cannot keep the bounds is left out.
         """
-        space = replace(space, flat=False)
-        predicted = any(b.axis in _PREDICTED for b in self.goal.bounds)
-        found = []
+        space, found = replace(space, flat=False), []
         for mix in space.recode:
-            names = mix.split(" > ")
 
-            def at(share: float, names: list[str] = names, mix: str = mix) -> dict[str, Any]:
-                given: dict[str, Any] = {"reshape": NOTHING, "recode": mix}
-                for name in names:
-                    if name in space.knobs:
-                        knob = space.knobs[name]
-                        given[knob.name] = knob.at(share if self.rises(space, name) else 1 - share)
-                if space.aims.intersection(names):
-                    given[space.aim.name] = space.aim.at(1 - share)
-                return given
+            def keeps(share: float, mix: str = mix) -> bool:
+                return self._keeps(space, self._at(space, NOTHING, mix, share))
 
-            def keeps(share: float, at: Callable[[float], dict[str, Any]] = at) -> bool:
-                try:
-                    return not any(self._over(space.suggest(Fixed(at(share)), 1)).values())
-                except TautError:  # these strengths do not go together
-                    return False
-
-            if not predicted:
-                found.append(at(0.5))
+            if not self._predicts():
+                found.append(self._at(space, NOTHING, mix, 0.5))
             elif mix != NOTHING and keeps(1.0):
                 low, high = 0.0, 1.0
                 for _ in range(_BISECTIONS):
                     middle = (low + high) / 2
                     low, high = (low, middle) if keeps(middle) else (middle, high)
-                found.append(at(high))
+                found.append(self._at(space, NOTHING, mix, high))
         return found
+
+    def reshaped_starts(self, space: Space) -> list[dict[str, Any]]:
+        """The same for what reshapes first, by the mildest of a few strengths: each is applied."""
+        space, found = replace(space, flat=False), []
+        for reshape in space.reshape if self._predicts() else ():
+            knob = space.knobs.get(reshape)
+            if reshape not in self.shrinking or knob is None or knob.scale == "words":
+                continue
+            left = [mix for mix in space.recode if mix != NOTHING]
+            for share in _SHARES:
+                given = {mix: self._at(space, reshape, mix, share) for mix in left}
+                alone = {**self._at(space, reshape, NOTHING, share), "recode": NOTHING}
+                with contextlib.suppress(TautError):  # so strong it does not go
+                    steps = _reshapes(space.suggest(Fixed(alone), 1))
+                    ground = self._reshaped(steps)
+                    good = [m for m in left if self._keeps(space, given[m], ground)]
+                    found += [given[m] for m in good]
+                    left = [m for m in left if m not in good]
+        return found
+
+    def _predicts(self) -> bool:
+        return any(b.axis in _PREDICTED for b in self.goal.bounds)
+
+    def _at(self, space: Space, reshape: str, mix: str, share: float) -> dict[str, Any]:
+        """A mix of which all strengths lie so far between the mildest and the strongest."""
+        given: dict[str, Any] = {"reshape": reshape, "recode": mix}
+        names = [reshape, *mix.split(" > ")]
+        for name in names:
+            if name in space.knobs:
+                knob = space.knobs[name]
+                given[knob.name] = knob.at(share if self.rises(space, name) else 1 - share)
+        if space.aims.intersection(names):
+            given[space.aim.name] = space.aim.at(1 - share)
+        return given
+
+    def _keeps(self, space: Space, given: dict[str, Any], ground: _Ground | None = None) -> bool:
+        """Whether all bounds are predicted to be kept. ground: where the mix reshapes, of that."""
+        try:
+            recipe = space.suggest(Fixed(given), 1)
+            found = self._forecast(recipe, ground) if ground else self.forecast(recipe)
+        except TautError:  # these strengths do not go together
+            return False
+        return not any(self._over(found).values())
 
     def rises(self, space: Space, name: str) -> bool:
         """Whether a technique takes fewer bytes the higher its strength is sampled."""
@@ -201,6 +241,21 @@ class Outlook:
         except TautError as error:
             self.refused[name] = str(error)
             return None
+
+
+def in_turn(kinds: Iterable[Sequence[dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
+    """Starts of several kinds, each in an order by chance, one of each kind at a time."""
+    order = random.Random(seed)
+    mixed = itertools.zip_longest(*(order.sample(kind, len(kind)) for kind in kinds))
+    return [start for each in mixed for start in each if start is not None]
+
+
+def _reshapes(recipe: Recipe) -> list[Reshaping]:
+    return [s for s in recipe.steps if isinstance(s, Reshaping)]
+
+
+def _without(recipe: Recipe, steps: Sequence[Reshaping]) -> Recipe:
+    return Recipe(tuple(s for s in recipe.steps if s not in steps))
 
 
 class _Even(Statistics):
