@@ -1,11 +1,14 @@
 """Jobs in other processes: their outcomes, workers that die, what cannot be sent, timing."""
 
 import importlib
+import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,12 @@ from test_search import trained_net
 
 import taut
 from taut.errors import ExportError, RunError, SearchError
+from taut.modules import tensor_at
 from taut.search import loop, search
 from taut.search.jobs import Job, Outcome, run_job, shipment, unpacked
 from taut.search.pools import Clock, Here, Processes, Server, timed
 from taut.search.timing import timed_in_turn
+from taut.statistics import Curve
 from taut.trial import Ground
 from taut.types import Latency
 from taut.watch import Watch
@@ -58,6 +63,27 @@ def test_workers_find_what_this_process_finds(two, tmp_path):
         )
         file = f"trials/{mine.number}/net.taut"
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_a_job_brings_the_sensitivities_that_are_known(two, tmp_path):
+    """A worker that scanned for itself would prune the second layer, too."""
+    pool, folder = two
+    names = [site.name for site in ground(folder).trace.sites]
+    free, dear = (0.0, 0.0), (50.0, math.inf)
+    curves = {
+        name: Curve(sparsities=(0.5, 0.9), losses=dear if i == 1 else free, baseline=0.0)
+        for i, name in enumerate(names)
+    }
+    asked = replace(job(folder, 20, "prune_weights(sparsity=0.3)"), curves=curves)
+    assert Job.from_json(json.loads(json.dumps(asdict(asked)))) == asked
+    pool.submit(asked)
+    pool.next()
+    run_job(ground(tmp_path), job(tmp_path, 20, asked.recipe))
+    told, alone = (
+        float((tensor_at(taut.load(f, trained_net()), names[1]) == 0).float().mean())
+        for f in (place / "trials/20/net.taut" for place in (folder, tmp_path))
+    )
+    assert told < 0.05 < 0.2 < alone
 
 
 def test_a_job_that_is_done_is_not_done_again(two):

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import cloudpickle
 from taut.errors import SearchError, TautError
 from taut.files import read_json, write_atomically
 from taut.recipe import Recipe
+from taut.statistics import Curve
 from taut.trial import Ground, Trial
 from taut.types import Candidate
 from taut.watch import Watch
@@ -28,11 +29,15 @@ _log = logging.getLogger("taut")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A recipe to try. folder: of its files. number: of its trial."""
+    """A recipe to try. folder: of its files. number: of its trial.
+
+    curves: sensitivities that are known by now, which no process need scan again.
+    """
 
     number: int
     recipe: str
     folder: str
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def done(self) -> Outcome | None:
         """The outcome, where the folder holds it already."""
@@ -44,6 +49,18 @@ class Job:
         """What is known of this trial, by recipe: in a tournament its recipe has grown."""
         path = Path(self.folder) / "trial.json"
         return dict(read_json(path)["outcomes"]) if path.is_file() else {}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Job:
+        """What `asdict` and JSON made of one."""
+        curves = {
+            name: Curve(
+                sparsities=tuple(curve["sparsities"]), losses=tuple(curve["losses"]),
+                baseline=curve["baseline"],
+            )
+            for name, curve in data["curves"].items()
+        }  # fmt: skip
+        return cls(**{**data, "curves": curves})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +91,7 @@ def run_job(ground: Ground, job: Job) -> Outcome:
     try:
         if (found := job.done()) is not None:
             return found
+        ground.curves.update(job.curves)
         trial = Trial(ground, Recipe.parse(job.recipe), Path(job.folder))
         candidate = trial.go()
     except Exception as error:  # whatever a network makes of a recipe; the search goes on

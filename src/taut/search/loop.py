@@ -317,7 +317,8 @@ class Searching:
 
     def _job(self, trial: Trial, recipe: str) -> Job:
         folder = self.folder / "trials" / str(trial.number)
-        return Job(number=trial.number, recipe=recipe, folder=str(folder))
+        known = dict(self.ground.curves)
+        return Job(number=trial.number, recipe=recipe, folder=str(folder), curves=known)
 
     def _values(self, candidate: Candidate) -> list[float]:
         return [value_of(axis, candidate.measurement) for axis in self.axes]

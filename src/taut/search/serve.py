@@ -23,7 +23,7 @@ from taut.watch import logged
 def answer(ground: Ground, asked: dict[str, Any]) -> Any:
     """What is written back for what was asked: a job, or files to time."""
     if "job" in asked:
-        return run_job(ground, Job(**asked["job"])).to_json()
+        return run_job(ground, Job.from_json(asked["job"])).to_json()
     return to_json(timed_in_turn(ground, **asked["time"]))
 
 
