@@ -283,6 +283,23 @@ def test_aim_ends_at_the_size_that_was_asked_for(small_file):
     assert len(encode(packed_state(net))) == pytest.approx(900, rel=0.08)
 
 
+def test_aim_gets_there_in_a_short_training_without_ruin(trained, task):
+    torch.manual_seed(0)
+    net, _ = coded(trained, task)
+    options = Recover(epochs=2, learning_rate=1e-3)  # weights move by 0.04 at most
+    recover(net, task, options, settings=[Aim(size_bytes=900)], teacher=trained)
+    assert len(encode(packed_state(net))) == pytest.approx(900, rel=0.1)
+    assert task.evaluate(net) > task.evaluate(trained) - 0.1
+
+
+def test_scales_learn_faster_only_where_a_training_is_short_and_aimed(trained, task):
+    net, _ = coded(trained, task)
+    aimed, free = Price(net, 0.0, [Aim(size_bytes=1000)]), Price(net, 1e-5, ())
+    assert aimed.haste(1e-3, 100) == pytest.approx(50)
+    assert aimed.haste(1e-3, 10_000) == 1.0
+    assert free.haste(1e-3, 100) == 1.0
+
+
 def test_the_estimate_is_within_3_per_cent_of_the_coded_bytes(small_file, tmp_path):
     net, _ = small_file
     taut.pack(net, tmp_path / "net.taut")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taut.errors import RecipeError
 from taut.modules import device_of
-from taut.recoding import chains_of
+from taut.recoding import Form, chains_of
 from taut.technique import Setting, option, register_step
 
 
@@ -72,6 +72,14 @@ class Price:
         self.progress = progress
         return math.exp(self.log_price + _PROPORTIONAL * error)
 
+    def haste(self, rate: float, steps: int) -> float:
+        """How many times faster than weights scales learn, in a training of so many steps.
+
+        An optimizer like Adam moves a number by its rate a step, whatever the price: where that is
+        too little for a scale to get anywhere, a higher price would only ruin the weights.
+        """
+        return max(1.0, _WAY / (rate * max(steps, 1))) if self.aim else 1.0
+
     def state_dict(self) -> dict[str, float]:
         return {"log_price": self.log_price, "first": self.first, "progress": self.progress}
 
@@ -81,6 +89,7 @@ class Price:
 
 
 _REACHED = 0.5
+_WAY = 5.0  # what a scale's logarithm must be able to move by in all
 _FIRST = 0.02  # units of the loss for the whole file: a cross-entropy of a network that knows
 _PROPORTIONAL, _INTEGRAL = 4.0, 60.0
 _HIGHEST = math.log(1e3)  # for the whole file: where this does not make it small, nothing does
@@ -97,6 +106,12 @@ def coded_bytes(model: nn.Module) -> Tensor:
             if bits is not None:
                 total = total + bits / 8
     return total
+
+
+def scales_of(model: nn.Module) -> list[nn.Parameter]:
+    """The scales of all forms that tell what they take."""
+    forms = (form for _, links, _ in chains_of(model) for form in links.forms)
+    return [p for form in forms if isinstance(form, Form) for p in form.log_scales()]
 
 
 def _uncoded_bytes(model: nn.Module) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -74,6 +74,10 @@ class Form(nn.Module, ABC):
         core takes is its own form's. None where training cannot change it.
         """
         return None
+
+    def log_scales(self) -> Sequence[nn.Parameter]:
+        """Those of its parameters that are logarithms, and that the rate follows."""
+        return ()
 
     def advance(self, core: Tensor, progress: float) -> None:
         """Follow a schedule: called after each optimizer step with progress in [0, 1]."""

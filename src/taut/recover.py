@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from taut import processes
+from taut.aim import scales_of
 from taut.errors import RecipeError, TrainingError
 from taut.modules import clone, tensor_at
 from taut.objective import Objective, setting
@@ -251,13 +252,18 @@ class _Run:
         trained = [p for p in self.objective.parameters() if p.requires_grad]
         of_forms = {p for _, links, _ in chains_of(self.model) for p in links.parameters()}
         weights = [p for p in trained if p.dim() >= 2 and p not in of_forms]
-        others = [p for p in trained if p.dim() < 2 or p in of_forms]
-        groups = [
+        plain = self.options.optimizer == "sgd"
+        steps = self.batches * self.options.epochs // self.training.accumulate
+        haste = self.objective.price.haste(self.start_rate, steps)
+        quick = set(scales_of(self.model)) if haste > 1 and not plain else set()
+        others = [p for p in trained if (p.dim() < 2 or p in of_forms) and p not in quick]
+        groups: list[dict[str, Any]] = [
             {"params": weights, "weight_decay": self.options.weight_decay},
             {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in trained if p in quick], "weight_decay": 0.0, "haste": haste},
         ]
         groups = [g for g in groups if g["params"]]
-        if self.options.optimizer == "sgd":
+        if plain:
             return torch.optim.SGD(groups, lr=self.start_rate, momentum=0.9)
         return torch.optim.AdamW(groups, lr=self.start_rate, fused=True)  # a third of the time
 
@@ -345,7 +351,7 @@ class _Run:
         cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         factor = 0.01 + 0.99 * cosine if self.options.schedule == "cosine" else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = self.start_rate * factor
+            group["lr"] = self.start_rate * factor * group.get("haste", 1.0)
 
     def score(self, epoch: int) -> float:
         """The score after an epoch, of the averaged weights where they are asked for."""

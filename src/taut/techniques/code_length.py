@@ -192,6 +192,9 @@ class Rounded(Form):
         even = _Rounding.apply(core / scale, self.step())  # type: ignore[no-untyped-call]
         return cast(Tensor, even * scale)
 
+    def log_scales(self) -> Sequence[nn.Parameter]:
+        return (self.log_step,)
+
     def rate(self, core: Tensor, outer: Tensor | None) -> Tensor:
         step, parts = self.step(), [core if outer is None else core[outer]]
         if outer is None and len(self.octaves):
