@@ -36,9 +36,9 @@ from taut.goal import Goal
 from taut.measure import tensor_bytes
 from taut.pattern import Pattern
 from taut.report import write_report
-from taut.search.halving import hypervolume, rungs
+from taut.search.halving import grown, hypervolume, rungs
 from taut.search.jobs import Job, Outcome
-from taut.search.loop import Searching, grown
+from taut.search.loop import Searching
 from taut.search.options import Options, settings_of
 from taut.search.outlook import Outlook, in_turn
 from taut.search.pools import Pool

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from taut.search.halving import (
     brackets,
-    crowding,
     hypervolume,
     non_dominated_ranks,
     ranked,
@@ -41,15 +40,28 @@ def test_no_point_goes_before_one_that_dominates_it(points):
         assert not dominates(points[second], points[first])
 
 
-def test_the_ends_and_the_lonely_go_first():
-    line = [(0.0, 10.0), (1.0, 9.0), (2.0, 8.0), (6.0, 4.0), (10.0, 0.0)]
-    assert ranked(line)[:3] == [0, 4, 3]
-    assert list(crowding(np.array(line))[[0, 4]]) == [math.inf, math.inf]
+def test_within_a_rank_goes_next_what_adds_most():
+    """Of the better half by score; the rest, tiny files that know nothing, by score."""
+    line = [(0.1, 9.0), (0.2, 8.0), (0.3, 4.0), (0.8, 2.0), (0.85, 1.0), (0.9, 0.0)]
+    assert ranked(line) == [2, 1, 0, 3, 4, 5]
     assert ranked([]) == []
+
+
+@given(POINTS)
+def test_the_second_is_the_best_beside_the_first(points):
+    order, ranks = ranked(points), non_dominated_ranks(np.array(points))
+    first = [i for i in order if ranks[i] == 0]
+    scores, costs = np.array(points).T
+    corner = np.median(scores), costs.max()
+    for i in first[1:]:
+        both = [hypervolume([points[first[0]], points[j]], corner) for j in (first[1], i)]
+        assert both[0] >= both[1] - 1e-9
 
 
 def test_what_failed_comes_last():
     assert ranked([(math.inf, math.inf), (2.0, 2.0), (1.0, 3.0)])[-1] == 0
+    assert ranked([(math.nan, 1.0), (2.0, 2.0), (1.0, 3.0)])[-1] == 0
+    assert ranked([(math.inf, math.inf)] * 2) == [0, 1]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 9, 10, 27, 80])
@@ -85,3 +97,12 @@ def test_hyperband_hedges():
 def test_the_hypervolume_is_the_area_that_is_dominated(points):
     cells = sum(any(p[0] <= x and p[1] <= y for p in points) for x in range(10) for y in range(10))
     assert hypervolume(points, (10, 10)) == cells
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=8))
+def test_it_is_a_volume_in_three_dimensions(points):
+    cells = sum(
+        any(all(a <= b for a, b in zip(p, cell, strict=True)) for p in points)
+        for cell in itertools.product(range(5), repeat=3)
+    )
+    assert hypervolume(points, (5, 5, 5)) == cells

@@ -164,7 +164,7 @@ def cases(quick: bool) -> Mapping[str, Case]:
         "ResNet-18, binary 3×3, int8 ends": Case(lambda: binary_resnet(pixels), 0.7, ["NNCF"]),
         f"{name}, 4-bit values": Case(lambda: mlp(width, lambda w: whole(w, 4), eight_bits), 0.8),
         f"{name}, 1 bit": Case(
-            lambda: mlp(width, signs, lambda at: two_levels() if at else None), 0.8
+            lambda: mlp(width, signs, lambda at: two_levels() if at else eight_bits(at)), 0.8
         ),
         "LeNet-5, 95 % sparse, 5-bit values": Case(lenet, 0.8),
     }

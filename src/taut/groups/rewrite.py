@@ -3,8 +3,8 @@
 A literal in a forward cannot be set from outside, and some layers of PyTorch's compute one size
 from another (its attention takes the width of its heads from the width of its input). There the
 graph takes the network's place: an ordinary module of the same parameter names that trains, for any
-batch where the network took any. It is a graph of eval mode: dropout is no part of it any more;
-batch norms are, and follow train() and eval().
+batch where the network took any, with linear layers where the network had them. It is a graph of
+eval mode: dropout is no part of it any more; batch norms are, and follow train() and eval().
 """
 
 from __future__ import annotations
@@ -152,12 +152,42 @@ def as_graph(model: nn.Module, example: Example) -> fx.GraphModule:
             norm.meta = node.meta
             node.replace_all_uses_with(norm)
             module.graph.erase_node(node)
+        elif node.op == "call_function" and op_name(node) == "linear":
+            _as_layer(module, node)
     own = {*model.state_dict(), *(n for n, _ in model.named_buffers(remove_duplicate=False))}
     graph = GraphNet(module, module.graph).eval()
     for name in graph.state_dict().keys() - own:  # the code makes its constants, no file holds them
         path, _, leaf = name.rpartition(".")
         graph.get_submodule(path)._non_persistent_buffers_set.add(leaf)
     return graph
+
+
+def _as_layer(module: fx.GraphModule, node: fx.Node) -> None:
+    """Make a product by a weight that nothing else reads a linear layer again.
+
+    What is compressed then runs packed, and what it reads can be rounded.
+    """
+    x, *read = node.args
+    names = [str(a.target) for a in read if isinstance(a, fx.Node) and a.op == "get_attr"]
+    path = names[0].rpartition(".")[0] if names else ""
+    wanted = [f"{path}.weight", f"{path}.bias"][: len(read)]
+    if not path or names != wanted or any(len(a.users) > 1 for a in read):  # type: ignore[union-attr]
+        return
+    held = module.get_submodule(path)
+    tensors = dict(held.named_parameters())
+    if {f"{path}.{n}" for n in tensors} != set(wanted) or [*held.buffers()]:
+        return
+    rows, columns = tensors["weight"].shape
+    layer = nn.Linear(columns, rows, bias=len(read) > 1, device="meta")
+    for name, tensor in tensors.items():
+        setattr(layer, name, tensor)
+    module.set_submodule(path, layer)
+    with module.graph.inserting_before(node):
+        called = module.graph.call_module(path, (x,))
+    called.meta = node.meta
+    node.replace_all_uses_with(called)
+    for gone in (node, *cast("list[fx.Node]", read)):
+        module.graph.erase_node(gone)
 
 
 def steps_of(graph: fx.GraphModule) -> Iterator[fx.Node]:
@@ -177,7 +207,8 @@ def cut_graph(model: nn.Module, groups: Groups, keep: Cuts) -> nn.Module:
     made = _plan(model, groups, keep)
     try:
         graph = edits.replay(model, [made])  # export copies
-        resized = Resize(sizes=slice_tensors(graph, groups, keep)[0], attributes={})
+        sizes = slice_tensors(graph, groups, keep)[0]
+        resized = Resize(sizes=sizes, attributes=_features(graph))
         outputs = run(graph, groups.example).outputs
         larger = _larger(groups.example, groups.batch)
         takes_any = _runs(groups.model, larger)
@@ -195,6 +226,18 @@ def cut_graph(model: nn.Module, groups: Groups, keep: Cuts) -> nn.Module:
         )
     edits.note(graph, resized)
     return graph.train(model.training)
+
+
+def _features(graph: nn.Module) -> dict[str, int | list[int]]:
+    """The sizes of linear layers that were cut, which they hold as numbers, too."""
+    layers = [(n, m) for n, m in graph.named_modules() if isinstance(m, nn.Linear)]
+    found = dict[str, int | list[int]]()
+    for path, layer in layers:
+        for name, size in zip(("out_features", "in_features"), layer.weight.shape, strict=True):
+            if getattr(layer, name) != size:
+                setattr(layer, name, size)
+                found[f"{path}.{name}"] = size
+    return found
 
 
 def _larger(example: Example, batch: int) -> Example:
@@ -245,7 +288,10 @@ _FLEETING = ("alias", "slice")
 
 
 def _kind(node: fx.Node) -> str:
-    return "batch_norm" if node.op == "call_module" else op_name(node)
+    if node.op != "call_module":
+        return op_name(node)
+    module = cast(nn.Module, node.graph.owning_module).get_submodule(str(node.target))
+    return "linear" if isinstance(module, nn.Linear) else "batch_norm"
 
 
 _SIZES = {

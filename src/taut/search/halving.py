@@ -4,9 +4,11 @@
     Hyperband            brackets of it, from many recipes and few epochs to few and R at once
 
 Jamieson and Talwalkar: Non-stochastic best arm identification (AISTATS 2016). Li et al.: Hyperband
-(JMLR 2018). Here survival goes by non-dominated rank, then by crowding distance (Deb et al.:
-NSGA-II, 2002), so several objectives are kept open at once. A survivor trains on from where it was:
-its recipe grows by `recover(epochs=eta·r - r)`, so that it says what was done.
+(JMLR 2018). Here survival goes by non-dominated rank (Deb et al.: NSGA-II, 2002), then by the
+hypervolume that each adds (Beume et al.: SMS-EMOA, EJOR 2007), so several objectives are kept open
+at once. Unlike there, volumes end at the median score: of the worse half, however tiny its files, a
+network survives only where there is room. A survivor trains on from where it was; its recipe grows by
+`recover(epochs=eta·r - r)`, and says so.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from taut.recipe import Recipe
+from taut.recover import Recover
 
 ETA = 3
 KINDS = ("none", "halving", "hyperband")
@@ -59,20 +64,35 @@ def survivors(count: int, rung: int, last: bool = False, eta: int = ETA) -> int:
     return max(1, several * count // int(eta**rung))
 
 
-def ranked(points: Sequence[Sequence[float]]) -> list[int]:
-    """The places of points, best first, each coordinate the less the better.
+def grown(recipe: str, steps: Sequence[int]) -> str:
+    """A recipe that trained steps[0] epochs, trained on to the last of the steps."""
+    more = [Recover(epochs=b - a) for a, b in itertools.pairwise(steps)]
+    return str(Recipe((*Recipe.parse(recipe).steps, *more)))
 
-    By non-dominated rank; within a rank those come first around which there is most room.
+
+def ranked(points: Sequence[Sequence[float]]) -> list[int]:
+    """The places of points, best first: scores, then costs, each the less the better.
+
+    By non-dominated rank; within a rank that comes next which adds most to the volume of those
+    before it, and where none adds anything, the best score.
     """
-    each = np.asarray(points, dtype=float)
-    if not len(each):
+    if not len(points):
         return []
+    each = np.asarray(points, dtype=float)
+    each = np.where(np.isnan(each), math.inf, each)
     ranks = non_dominated_ranks(each)
-    room = np.zeros(len(each))
+    finite = each[np.isfinite(each).all(1)]
+    corner = (np.median(finite[:, 0]), *finite[:, 1:].max(0)) if len(finite) else ()
+    order: list[int] = []
     for rank in range(int(ranks.max()) + 1):
-        members = np.flatnonzero(ranks == rank)
-        room[members] = crowding(each[members])
-    return sorted(range(len(each)), key=lambda i: (ranks[i], -room[i], i))
+        left, chosen = list(np.flatnonzero(ranks == rank)), list[tuple[float, ...]]()
+        while left:
+            volumes = {i: hypervolume([*chosen, tuple(each[i])], corner) for i in left}
+            best = max(left, key=lambda i: (volumes[i], *-each[i]))
+            chosen.append(tuple(each[best]))
+            order.append(int(best))
+            left.remove(best)
+    return order
 
 
 def non_dominated_ranks(points: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -89,30 +109,20 @@ def non_dominated_ranks(points: NDArray[np.float64]) -> NDArray[np.int64]:
     raise AssertionError("unreachable")
 
 
-def crowding(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The distance between each point's neighbours, summed over the axes; infinite at the ends."""
-    count, axes = points.shape
-    total = np.zeros(count)
-    for axis in range(axes):
-        order = np.argsort(points[:, axis], kind="stable")
-        values = points[order, axis]
-        span = values[-1] - values[0] if np.isfinite(values).all() else 0.0
-        total[order[[0, -1]]] = math.inf
-        if span > 0 and count > 2:
-            total[order[1:-1]] += (values[2:] - values[:-2]) / span
-    return total
-
-
 def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
-    """The area that points dominate, up to a reference point; two axes, the less the better.
+    """The volume that points dominate, up to a reference point; each axis the less the better.
 
     >>> hypervolume([(1, 2), (2, 1), (3, 3)], (4, 4))
     8.0
     """
-    area, least = 0.0, float(reference[1])
-    inside = sorted((x, y) for x, y in points if x < reference[0] and y < reference[1])
-    for x, y in inside:
-        if y < least:
-            area += (reference[0] - x) * (least - y)
-            least = y
-    return float(area)
+    inside = [p for p in points if all(x < r for x, r in zip(p, reference, strict=False))]
+    if not inside or not len(reference):
+        return 0.0
+    if len(reference) == 1:
+        return float(reference[0] - min(p[0] for p in inside))
+    last = len(reference) - 1
+    ends = [*sorted({p[last] for p in inside}), reference[last]]
+    return sum(  # slice by slice along the last axis
+        (above - at) * hypervolume([p[:last] for p in inside if p[last] <= at], reference[:last])
+        for at, above in itertools.pairwise(ends)
+    )

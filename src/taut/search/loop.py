@@ -15,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,9 @@ from taut.machine import machine, versions
 from taut.measure import BATCHES, measure
 from taut.modules import clone
 from taut.pack import load
-from taut.recipe import Recipe
-from taut.recover import Recover
 from taut.search.cluster import Cluster
 from taut.search.further import further, met_by
-from taut.search.halving import brackets, ranked, rungs, survivors
+from taut.search.halving import brackets, grown, ranked, rungs, survivors
 from taut.search.jobs import Job, Outcome
 from taut.search.options import Options
 from taut.search.outlook import Outlook, in_turn
@@ -289,14 +287,19 @@ class Searching:
             self._tournament(mine, known, start, steps)
 
     def _tournament(self, alive: list[Trial], count: int, start: int, steps: list[int]) -> None:
+        number = bracket_of(alive[0])[0]
+        told = [t for t in self.study.trials() if bracket_of(t)[:1] == [number]]
         for rung in range(start, len(steps)):
-            outcomes = self._all(
-                [self._job(t, grown(recipe_of(t), steps[start : rung + 1])) for t in alive]
-            )
-            points = [self._point(outcomes[t.number]) for t in alive]
+            ladder = steps[start : rung + 1]
+            outcomes = self._all([self._job(t, grown(recipe_of(t), ladder)) for t in alive])
+            points = [self._point(outcomes[t.number].candidate) for t in alive]
+            # those that went at this rung before the search was stopped count as they did then
+            gone = [(candidate_of(t), grown(recipe_of(t), ladder)) for t in told]
+            points += [self._point(c) for c, recipe in gone if c is not None and c.recipe == recipe]
             left = len(steps) - rung - 1
             keep = survivors(count, rung - start + 1, last=left == 1) if left else 0
-            best = [i for i in ranked(points) if outcomes[alive[i].number].candidate][:keep]
+            there = [i for i in ranked(points) if i < len(alive)]
+            best = [i for i in there if outcomes[alive[i].number].candidate][:keep]
             for i, trial in enumerate(alive):
                 if i not in best:
                     self._tell(trial, outcomes[trial.number])
@@ -307,13 +310,13 @@ class Searching:
             self.pool.submit(job)
         return {job.number: outcome for job, outcome in (self._next() for _ in jobs)}
 
-    def _point(self, outcome: Outcome) -> list[float]:
-        """The objectives, the less the better."""
-        if outcome.candidate is None:
+    def _point(self, candidate: Candidate | None) -> list[float]:
+        """The objectives, the less the better; costs in logarithms, for it is ratios that count."""
+        if candidate is None:
             return [float("inf")] * len(self.axes)
-        values = self._values(outcome.candidate)
-        return [-v if a == "score" and self.task.better == "higher" else v
-                for a, v in zip(self.axes, values, strict=True)]  # fmt: skip
+        values = zip(self.axes, self._values(candidate), strict=True)
+        up = self.task.better == "higher"
+        return [(-v if up else v) if a == "score" else math.log(max(v, 1e-9)) for a, v in values]
 
     def _job(self, trial: Trial, recipe: str) -> Job:
         folder = self.folder / "trials" / str(trial.number)
@@ -490,9 +493,3 @@ class Searching:
             str(n): replace(c.measurement, latencies=ts, choices=cs).to_json()
             for (n, c), (ts, cs) in zip(on, times[1:], strict=True)
         }
-
-
-def grown(recipe: str, steps: list[int]) -> str:
-    """A recipe that trained steps[0] epochs, trained on to the last of the steps."""
-    more = [Recover(epochs=b - a) for a, b in pairwise(steps)]
-    return str(Recipe((*Recipe.parse(recipe).steps, *more)))
