@@ -6,9 +6,9 @@
 Jamieson and Talwalkar: Non-stochastic best arm identification (AISTATS 2016). Li et al.: Hyperband
 (JMLR 2018). Here survival goes by non-dominated rank (Deb et al.: NSGA-II, 2002), then by the
 hypervolume that each adds (Beume et al.: SMS-EMOA, EJOR 2007), so several objectives are kept open
-at once. Unlike there, volumes end at the median score: of the worse half, however tiny its files, a
-network survives only where there is room. A survivor trains on from where it was; its recipe grows by
-`recover(epochs=eta·r - r)`, and says so.
+at once. Unlike there, volumes end at the median score: of the worse half, however tiny its files,
+a network survives only where there is room. A survivor trains on from where it was; its recipe
+grows by `recover(epochs=eta·r - r)`, and says so.
 """
 
 from __future__ import annotations
