@@ -360,7 +360,7 @@ def workers(options: argparse.Namespace) -> Iterator[Figure]:
             search = Searching(
                 on.model, on.task, Goal.parse(on.goal),
                 globals()["options"](
-                    trials=4 if options.quick else 12, batch=4, workers=count, sampler="random",
+                    trials=4 if options.quick else 32, batch=4, workers=count, sampler="random",
                     epochs=NETS[on.name].short,
                 ),
                 folder, False, None,

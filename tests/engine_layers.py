@@ -102,6 +102,14 @@ LINEAR = {
         lambda: affine((10, 300), 3, 10), lambda: StepCode(torch.tensor([0.01]), 0, 127),
         "LookupMatmulInt8",
     ),
+    "signs, whole inputs": (
+        lambda: bits((33, 130), 1), lambda: StepCode(torch.tensor([0.02]), -127, 127),
+        "LookupMatmulInt8",
+    ),
+    "signs of one scale, whole inputs": (
+        lambda: bits((9, 64), 1, rows=False), lambda: StepCode(torch.tensor([0.01]), 0, 127),
+        "LookupMatmulInt8",
+    ),
     "sparse": (lambda: sparse((33, 70)), None, "SparseMatmul"),
     "sparse halves": (lambda: sparse((15, 31), "float16"), None, "SparseMatmul"),
     "sparse, shared": (lambda: sparse((17, 100), "shared"), None, "SparseMatmul"),

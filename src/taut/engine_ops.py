@@ -24,6 +24,7 @@ from taut.bit_weight import BitWeight
 from taut.hashed_weight import HashedWeight
 from taut.indexed_weight import IndexedWeight
 from taut.kernels import BitWeights, Levels
+from taut.kernels.lookup import pack_indices
 from taut.layers import Packed
 from taut.packed import PackedWeight
 from taut.sparse_weight import SparseWeight
@@ -120,16 +121,24 @@ Found = tuple[str, Numbers, tuple[Tensor, ...]]
 
 
 def _whole_numbers(weight: PackedWeight, code: InputCode | None) -> Found | None:
-    """Whole numbers times whole numbers; the operation rounds its input itself."""
-    if not isinstance(weight, AffineWeight) or not isinstance(code, StepCode) or code.dynamic:
+    """Whole numbers or signs times whole numbers; the operation rounds its input itself."""
+    if not isinstance(code, StepCode) or code.dynamic or code.high > 127 or len(weight.shape) != 2:
         return None
-    steps, (out, columns) = _row_scale(weight), weight.shape
-    if steps is None or weight.bits > 4 or code.high > 127 or not 0 < columns <= EXACT or not out:
+    out, columns = weight.shape
+    if not 0 < columns <= EXACT or not out:
         return None
-    numbers = {"in": columns, "bits": weight.bits, "low": code.low, "high": code.high}
-    table = (torch.arange(2**weight.bits) - 2 ** (weight.bits - 1)).to(torch.int8)
-    arrays = (weight.codes, table, steps * code.step, code.step)
-    return WHOLE, numbers, arrays
+    if isinstance(weight, BitWeight) and weight.planes == 1:
+        bits, codes, values = 1, pack_indices(weight.symbols(), 1), torch.tensor([-1, 1])
+        steps: Tensor | None = weight.scale.dense()[0].float().expand(out)
+    elif isinstance(weight, AffineWeight) and weight.bits <= 4:
+        bits, codes, steps = weight.bits, weight.codes, _row_scale(weight)
+        values = torch.arange(2**bits) - 2 ** (bits - 1)
+    else:
+        return None
+    if steps is None:
+        return None
+    numbers = {"in": columns, "bits": bits, "low": code.low, "high": code.high}
+    return WHOLE, numbers, (codes, values.to(torch.int8), steps * code.step, code.step)
 
 
 def _linear(weight: PackedWeight, levels: Levels | None) -> Found | None:

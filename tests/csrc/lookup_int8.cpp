@@ -11,6 +11,7 @@ struct Case {
   int bits;
   bool of_row = false;   // a table for each row
   bool extreme = false;  // nothing but -128 and 127
+  int slope = 0;         // of a table whose entries are evenly spaced
   int64_t skew = 0;
 };
 
@@ -26,7 +27,10 @@ void run(const Case& c, const taut::Parallel& parallel) {
   check::Exact<int8_t> x(c.batch * c.in, c.skew), table((c.of_row ? c.out : 1) * entries, c.skew);
   check::Exact<float> scale(c.out);
   for (int64_t i = 0; i < x.size(); ++i) x[i] = byte(random, c);
-  for (int64_t i = 0; i < table.size(); ++i) table[i] = byte(random, c);
+  for (int64_t i = 0; i < table.size(); ++i) {
+    const int first = c.slope < 0 ? 127 : -128;
+    table[i] = c.slope == 0 ? byte(random, c) : int8_t(first + c.slope * int(i % entries));
+  }
   for (int64_t i = 0; i < scale.size(); ++i) scale[i] = float(random.between(1, 1000)) / 7;
 
   std::vector<float> wanted;
@@ -79,6 +83,19 @@ TAUT_TEST(lookup_matmul_int8_does_not_overflow) {
   for (int bits : {1, 4, 8}) {
     for (int64_t batch : {1, 5}) {
       run({.batch = batch, .in = taut::kLookupInt8Columns, .out = 5, .bits = bits, .extreme = true},
+          taut::serial);
+    }
+  }
+}
+
+TAUT_TEST(lookup_matmul_int8_of_whole_numbers) {
+  for (int bits = 1; bits <= 8; ++bits) {
+    for (int slope : {1, -1, 255 >> bits}) {
+      for (int64_t batch : {1, 2, 5}) {
+        run({.batch = batch, .in = 300, .out = 9, .bits = bits, .slope = slope}, taut::serial);
+      }
+      run({.batch = 1, .in = taut::kLookupInt8Columns, .out = 5, .bits = bits, .extreme = true,
+           .slope = slope},
           taut::serial);
     }
   }

@@ -191,10 +191,10 @@ class Searching:
         if not adopted and self._left() <= 0:
             return
         self.record["status"] = "running"
-        self.space = self._space()
-        self.grid = self._grid() if self.options.sampler == "grid" else []
-        self.starts = self._starts() if self.options.sampler in BAYESIAN else []
-        with self._clock() as self.clock, self._pool() as self.pool:
+        with self._clock() as self.clock, self._pool() as self.pool:  # they start meanwhile
+            self.space = self._space()
+            self.grid = self._grid() if self.options.sampler == "grid" else []
+            self.starts = self._starts() if self.options.sampler in BAYESIAN else []
             if self.options.halving == "none":
                 self._in_order(adopted)
             else:

@@ -8,12 +8,17 @@
 //     Weights           64 bytes made ready to be multiplied
 //     Sums              zero(), add(weights, items), total(): of 64 products each
 //
+// Where the entries of a shared table are evenly spaced, as whole numbers are, nothing is looked up:
+//
+//     Σ x · (base + slope · index) = base · Σ x + slope · Σ x · index
+//
 // A block is 128 columns, as two vectors of 64 bytes. Masking the nibbles of a word leaves byte j of
 // dword l with column 16·(2j + h) + l, h being 1 for the high ones; activations are brought into
 // that order once, and not the weights. (8-bit indices are bytes already: 16·(4h + j) + l.)
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "lookup/parts.h"
 #include "lookup_int8/lookup_int8.h"
@@ -26,7 +31,7 @@ constexpr int64_t kBlock = 128;
 // The activations in the order of the weights, zeros beyond the last column.
 struct Samples {
   Item* at;
-  int32_t* excess;  // what kOffset adds to the sums of each sample
+  uint32_t* sums;  // of each sample
   int64_t blocks;
 
   const Item* block(int64_t n, int64_t b) const { return at + (n * blocks + b) * kBlock; }
@@ -50,8 +55,29 @@ inline void reorder(const taut::LookupInt8& op, const Samples& samples, int64_t 
       }
     }
   }
-  samples.excess[n] = int32_t(sum * uint32_t(kOffset));
+  samples.sums[n] = sum;
 }
+
+// What sums of products become: slope · sum + base · the sample's. Modulo 2**32, as the sums are.
+struct Line {
+  uint32_t slope = 1, base = -uint32_t(kOffset);
+  bool even = false;  // whether entries lie on it
+
+  static Line of(const taut::LookupInt8& op) {
+    const int entries = 1 << op.bits;
+    if (op.table_stride != 0 || op.bits == 8) return {};  // indices are to be signed bytes, too
+    const int slope = op.table[1] - op.table[0];
+    for (int i = 2; i < entries; ++i) {
+      if (op.table[i] - op.table[i - 1] != slope) return {};
+    }
+    return {uint32_t(slope), uint32_t(int32_t(op.table[0])), true};
+  }
+};
+
+// In place of a table: what is looked up is the index.
+struct Indices {
+  I16 operator()(I16 index) const { return index; }
+};
 
 template <int Bits>
 ByteTable<Bits> load_table(const int8_t* from) {
@@ -61,10 +87,10 @@ ByteTable<Bits> load_table(const int8_t* from) {
 }
 
 // Some rows of indices, looked up on the way.
-template <int Bits, int Rows>
+template <int Bits, int Rows, class Table>
 struct Encoded {
   const uint32_t* part[Rows][4];
-  const ByteTable<Bits>* table[Rows];
+  const Table* table[Rows];
   int64_t in;
 
   void block(int r, int64_t b, I16 (&w)[2]) const {
@@ -117,8 +143,8 @@ struct Decoded {
 };
 
 template <int Rows, int Batch, class Source>
-void products(const taut::LookupInt8& op, const Samples& samples, const Source& source, int64_t o,
-              int64_t n) {
+void products(const taut::LookupInt8& op, const Samples& samples, const Line& line,
+              const Source& source, int64_t o, int64_t n) {
   Sums sum[Rows][Batch];
   for (auto& row : sum) {
     for (auto& cell : row) cell = Sums::zero();
@@ -139,39 +165,42 @@ void products(const taut::LookupInt8& op, const Samples& samples, const Source& 
   }
   for (int r = 0; r < Rows; ++r) {
     for (int j = 0; j < Batch; ++j) {
-      const uint32_t total = uint32_t(sum[r][j].total()) - uint32_t(samples.excess[n + j]);
+      const uint32_t found = uint32_t(sum[r][j].total());
+      const uint32_t total = line.slope * found + line.base * samples.sums[n + j];
       op.y[(n + j) * op.out + o + r] = float(int32_t(total)) * op.scale[o + r];
     }
   }
 }
 
 template <int Rows, int Batch = kSamples, class Source>
-void some_samples(const taut::LookupInt8& op, const Samples& samples, const Source& source,
-                  int64_t o, int64_t n) {
+void some_samples(const taut::LookupInt8& op, const Samples& samples, const Line& line,
+                  const Source& source, int64_t o, int64_t n) {
   if constexpr (Batch > 0) {
-    if (op.batch - n < Batch) return some_samples<Rows, Batch - 1>(op, samples, source, o, n);
-    products<Rows, Batch>(op, samples, source, o, n);
+    if (op.batch - n < Batch) return some_samples<Rows, Batch - 1>(op, samples, line, source, o, n);
+    products<Rows, Batch>(op, samples, line, source, o, n);
   }
 }
 
-template <int Bits, int Rows>
-void some_rows(const taut::LookupInt8& op, const Samples& samples, const ByteTable<Bits>& shared,
-               int64_t o) {
-  ByteTable<Bits> own[Rows];
-  Encoded<Bits, Rows> encoded;
+template <int Bits, int Rows, class Table>
+void some_rows(const taut::LookupInt8& op, const Samples& samples, const Line& line,
+               const Table& shared, int64_t o) {
+  Table own[Rows];
+  Encoded<Bits, Rows, Table> encoded;
   encoded.in = op.in;
   int64_t part_at[4];
   find_parts<Bits>(op.in, part_at);
   for (int r = 0; r < Rows; ++r) {
     for (int i = 0; i < 4; ++i) encoded.part[r][i] = op.codes + (o + r) * op.words + part_at[i];
     encoded.table[r] = &shared;
-    if (op.table_stride == 0) continue;
-    own[r] = load_table<Bits>(op.table + (o + r) * op.table_stride);
-    encoded.table[r] = &own[r];
+    if constexpr (!std::is_same_v<Table, Indices>) {
+      if (op.table_stride == 0) continue;
+      own[r] = load_table<Bits>(op.table + (o + r) * op.table_stride);
+      encoded.table[r] = &own[r];
+    }
   }
   if constexpr (Rows == kRows) {
-    if (op.batch == 1) return products<Rows, 1>(op, samples, encoded, o, 0);
-    if (op.batch == 2) return products<Rows, 2>(op, samples, encoded, o, 0);
+    if (op.batch == 1) return products<Rows, 1>(op, samples, line, encoded, o, 0);
+    if (op.batch == 2) return products<Rows, 2>(op, samples, line, encoded, o, 0);
   }
   const int64_t stride = samples.blocks * kBlock;
   auto* rows = static_cast<uint8_t*>(taut::scratch<0>(size_t(Rows * stride)));
@@ -184,17 +213,26 @@ void some_rows(const taut::LookupInt8& op, const Samples& samples, const ByteTab
     }
   }
   const Decoded decoded{rows, stride};
-  for (int64_t n = 0; n < op.batch; n += kSamples) some_samples<Rows>(op, samples, decoded, o, n);
+  for (int64_t n = 0; n < op.batch; n += kSamples) {
+    some_samples<Rows>(op, samples, line, decoded, o, n);
+  }
+}
+
+template <int Bits, class Table>
+void rows_of(const taut::LookupInt8& op, const Samples& samples, const Line& line,
+             const Table& shared, int64_t begin, int64_t end) {
+  int64_t o = begin;
+  for (; o + kRows <= end; o += kRows) some_rows<Bits, kRows>(op, samples, line, shared, o);
+  for (; o < end; ++o) some_rows<Bits, 1>(op, samples, line, shared, o);
 }
 
 template <int Bits = 1>
-void all_rows(const taut::LookupInt8& op, const Samples& samples, int64_t begin, int64_t end) {
+void all_rows(const taut::LookupInt8& op, const Samples& samples, const Line& line, int64_t begin,
+              int64_t end) {
   if constexpr (Bits <= 8) {
-    if (op.bits != Bits) return all_rows<Bits + 1>(op, samples, begin, end);
-    const ByteTable<Bits> shared = load_table<Bits>(op.table);
-    int64_t o = begin;
-    for (; o + kRows <= end; o += kRows) some_rows<Bits, kRows>(op, samples, shared, o);
-    for (; o < end; ++o) some_rows<Bits, 1>(op, samples, shared, o);
+    if (op.bits != Bits) return all_rows<Bits + 1>(op, samples, line, begin, end);
+    if (line.even) return rows_of<Bits>(op, samples, line, Indices{}, begin, end);
+    rows_of<Bits>(op, samples, line, load_table<Bits>(op.table), begin, end);
   }
 }
 
@@ -202,8 +240,9 @@ inline void lookup_matmul_int8(const taut::LookupInt8& op, const taut::Parallel&
   const int64_t blocks = (op.in + kBlock - 1) / kBlock, items = op.batch * blocks * kBlock;
   const size_t bytes = size_t(items) * sizeof(Item);
   auto* memory = static_cast<char*>(taut::scratch<1>(bytes + size_t(op.batch) * 4));
-  const Samples samples{reinterpret_cast<Item*>(memory), reinterpret_cast<int32_t*>(memory + bytes),
-                        blocks};
+  const Samples samples{reinterpret_cast<Item*>(memory),
+                        reinterpret_cast<uint32_t*>(memory + bytes), blocks};
+  const Line line = Line::of(op);
   parallel(op.batch, 1 + 65536 / (op.in + 1), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) reorder(op, samples, n);
   });
@@ -211,7 +250,7 @@ inline void lookup_matmul_int8(const taut::LookupInt8& op, const taut::Parallel&
   const int64_t work = kRows * (op.in + 1) * (op.batch + 4);
   parallel(tiles, 1 + (1 << 18) / work, [&](int64_t begin, int64_t end) {
     const int64_t last = end * kRows < op.out ? end * kRows : op.out;
-    all_rows(op, samples, begin * kRows, last);
+    all_rows(op, samples, line, begin * kRows, last);
   });
 }
 
