@@ -93,8 +93,8 @@ TALKERS = (
         "transformer", "Transformer 2×128", 128,
         lambda width: TransformerLanguageModel(vocabulary(), width, 4, 2, STEPS),
         f"{FAST} > recover(epochs=3, learning_rate=2e-3, distill=0)",
-        f"quantize(bits=4, method='lsq') > {FAST} > "
-        "recover(epochs=1, learning_rate=5e-4, temperature=1)",
+        "quantize(bits=4, method='lsq') > code_length(resolution=0.1, only='positions') > "
+        f"{FAST} > recover(epochs=1, learning_rate=5e-4, temperature=1)",
         8, 1,
     ),
 )  # fmt: skip
