@@ -21,6 +21,7 @@ from taut.schedules import advance, settled
 from taut.sparse_weight import SparseWeight
 from taut.techniques import CodeLength, PruneWeights
 from taut.techniques.code_length import Integers, Rounded, _octaves, code_length
+from taut.training import Training
 from taut.tune import tune
 from taut.zoo import TransformerLanguageModel
 
@@ -292,11 +293,27 @@ def test_aim_gets_there_in_a_short_training_without_ruin(trained, task):
     assert task.evaluate(net) > task.evaluate(trained) - 0.1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_aim_does_not_overshoot_in_a_few_steps(trained, task, steps):
+    net, _ = coded(trained, task)
+    before = len(encode(packed_state(net)))
+    settings = [Aim(size_bytes=1500), Training(accumulate=-(-19 // steps))]
+    recover(net, task, Recover(epochs=1, learning_rate=1e-3), settings=settings, teacher=trained)
+    assert 1400 < len(encode(packed_state(net))) < 1.1 * before
+
+
+def test_an_aim_goes_with_a_learning_rate_of_0(trained, task):
+    net, _ = coded(trained, task)
+    recover(net, task, Recover(learning_rate=0.0), settings=[Aim(size_bytes=1500)])
+
+
 def test_scales_learn_faster_only_where_a_training_is_short_and_aimed(trained, task):
     net, _ = coded(trained, task)
     aimed, free = Price(net, 0.0, [Aim(size_bytes=1000)]), Price(net, 1e-5, ())
     assert aimed.haste(1e-3, 100) == pytest.approx(50)
     assert aimed.haste(1e-3, 10_000) == 1.0
+    assert aimed.haste(1e-3, 1) == pytest.approx(150)
+    assert aimed.haste(0.0, 1) == 1.0
     assert free.haste(1e-3, 100) == 1.0
 
 

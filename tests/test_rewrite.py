@@ -5,12 +5,15 @@ import torch
 from nets import Net
 from structures import STRUCTURES, example
 from torch import nn
+from torch.nn import functional
 
+import taut
 from taut import edits
 from taut.container import encode
 from taut.errors import FormatError, RecipeError
 from taut.groups import AsGraph, Groups, cut, cut_graph
 from taut.groups.rewrite import as_graph
+from taut.layers import packed_layers
 from taut.modules import clone, tensor_at
 from taut.pack import load, pack
 from taut.packed import Plain
@@ -59,6 +62,39 @@ def test_heads_of_pytorchs_attention_go_alone():
         cut(net, groups, {heads.name: [1, 3]})
     torch.testing.assert_close(cut_graph(net, groups, {heads.name: [1, 3]})(x), wanted)
     assert net.layer.self_attn.in_proj_weight.shape == (48, 16)
+
+
+def test_linear_layers_stay_layers_and_run_packed(tmp_path):
+    net, x = build("encoder")
+    groups = Groups(net, ((x,), {}))
+    graph = cut_graph(net, groups, halves(groups))
+    found = {n: m for n, m in graph.named_modules() if isinstance(m, nn.Linear)}
+    assert set(found) == {n for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+    task = taut.Task(train=[(x, x)], test=[(x, x)], loss=lambda output, _: output.mean())
+    rounded = taut.apply(clone(graph), "quantize(activations=8)", task)
+    pack(rounded, tmp_path / "net.taut")
+    loaded = load(tmp_path / "net.taut", clone(net))
+    replayed = edits.replay(clone(net), edits.of(graph))
+    for made in (graph, clone(graph), replayed, loaded):
+        for name in found:
+            layer = made.get_submodule(name)
+            assert (layer.out_features, layer.in_features) == tuple(found[name].weight.shape)
+    packed = packed_layers(loaded)
+    assert all(packed[name].input_code is not None for name in found)
+    torch.testing.assert_close(loaded(x), rounded.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_others_read_stay_where_they_are():
+    def run(net, x):
+        return net.b(net.a(net.a(x))) @ net.b.weight + functional.linear(x, net.c.weight)[..., None]
+
+    line = nn.Module()
+    line.weight = nn.Parameter(torch.randn(8))
+    net = Net(run, a=nn.Linear(8, 8), b=nn.Linear(8, 8), c=line)
+    x = torch.randn(3, 8)
+    graph = as_graph(net, ((x,), {}))
+    assert not [m for m in graph.modules() if isinstance(m, nn.Linear)]
+    torch.testing.assert_close(graph(x), net(x))
 
 
 def test_constants_of_the_code_are_made_again_and_not_stored(tmp_path):

@@ -1,4 +1,4 @@
-"""Tournaments: who trains on, by rank and by room."""
+"""Tournaments: who trains on, by rank and by what each adds to the frontier."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def test_no_point_goes_before_one_that_dominates_it(points):
 def test_within_a_rank_goes_next_what_adds_most():
     """Of the better half by score; the rest, tiny files that know nothing, by score."""
     line = [(0.1, 9.0), (0.2, 8.0), (0.3, 4.0), (0.8, 2.0), (0.85, 1.0), (0.9, 0.0)]
-    assert ranked(line) == [2, 1, 0, 3, 4, 5]
+    assert ranked(line) == [0, 2, 1, 3, 4, 5]
     assert ranked([]) == []
 
 
@@ -51,11 +51,24 @@ def test_within_a_rank_goes_next_what_adds_most():
 def test_the_second_is_the_best_beside_the_first(points):
     order, ranks = ranked(points), non_dominated_ranks(np.array(points))
     first = [i for i in order if ranks[i] == 0]
-    scores, costs = np.array(points).T
-    corner = np.median(scores), costs.max()
+    costs = [points[i][1] for i in first]
+    most = max(costs) + max(max(costs) - min(costs), math.log(2))
+    corner = np.median([p[0] for p in points]), most
     for i in first[1:]:
         both = [hypervolume([points[first[0]], points[j]], corner) for j in (first[1], i)]
         assert both[0] >= both[1] - 1e-9
+
+
+def test_the_best_score_survives_however_large_its_file():
+    front = [(0.025, 12.6), (0.035, 11.5), (0.04, 11.0), (0.045, 10.5), (0.05, 10.0)]
+    poor = [(0.3 + i / 10, 9.0 - i) for i in range(4)]
+    for beaten in ([], [(0.6, 13.7)]):
+        assert 0 in ranked([*front, *poor, *beaten])[:3]
+
+
+def test_a_cost_that_all_share_changes_nothing():
+    line = [(0.1, 9.0), (0.2, 8.0), (0.3, 4.0), (0.8, 2.0), (0.85, 1.0), (0.9, 0.0)]
+    assert ranked([(*p, 7.0) for p in line]) == ranked(line)
 
 
 def test_what_failed_comes_last():

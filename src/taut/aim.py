@@ -78,7 +78,9 @@ class Price:
         An optimizer like Adam moves a number by its rate a step, whatever the price: where that is
         too little for a scale to get anywhere, a higher price would only ruin the weights.
         """
-        return max(1.0, _WAY / (rate * max(steps, 1))) if self.aim else 1.0
+        if self.aim is None or rate <= 0:
+            return 1.0
+        return max(1.0, min(_WAY / max(steps, 1), _STRIDE) / rate)
 
     def state_dict(self) -> dict[str, float]:
         return {"log_price": self.log_price, "first": self.first, "progress": self.progress}
@@ -90,6 +92,7 @@ class Price:
 
 _REACHED = 0.5
 _WAY = 5.0  # what a scale's logarithm must be able to move by in all
+_STRIDE = 0.15  # and at most in a step: with longer ones so few steps would only overshoot
 _FIRST = 0.02  # units of the loss for the whole file: a cross-entropy of a network that knows
 _PROPORTIONAL, _INTEGRAL = 4.0, 60.0
 _HIGHEST = math.log(1e3)  # for the whole file: where this does not make it small, nothing does

@@ -3,8 +3,8 @@
 A literal in a forward cannot be set from outside, and some layers of PyTorch's compute one size
 from another (its attention takes the width of its heads from the width of its input). There the
 graph takes the network's place: an ordinary module of the same parameter names that trains, for any
-batch where the network took any, with linear layers where the network had them. It is a graph of
-eval mode: dropout is no part of it any more; batch norms are, and follow train() and eval().
+batch where the network took any, with linear layers where nothing else reads their weights. It is
+of eval mode: dropout is no part of it any more; batch norms are, and follow train() and eval().
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def _as_layer(module: fx.GraphModule, node: fx.Node) -> None:
         return
     held = module.get_submodule(path)
     tensors = dict(held.named_parameters())
-    if {f"{path}.{n}" for n in tensors} != set(wanted) or [*held.buffers()]:
+    same = {f"{path}.{n}" for n in tensors} == set(wanted)
+    if not same or [*held.buffers()] or tensors["weight"].dim() != 2:
         return
     rows, columns = tensors["weight"].shape
     layer = nn.Linear(columns, rows, bias=len(read) > 1, device="meta")

@@ -71,7 +71,7 @@ def grown(recipe: str, steps: Sequence[int]) -> str:
 
 
 def ranked(points: Sequence[Sequence[float]]) -> list[int]:
-    """The places of points, best first: scores, then costs, each the less the better.
+    """The places of points, best first: a score, then logarithms of costs, the less the better.
 
     By non-dominated rank; within a rank that comes next which adds most to the volume of those
     before it, and where none adds anything, the best score.
@@ -81,18 +81,31 @@ def ranked(points: Sequence[Sequence[float]]) -> list[int]:
     each = np.asarray(points, dtype=float)
     each = np.where(np.isnan(each), math.inf, each)
     ranks = non_dominated_ranks(each)
-    finite = each[np.isfinite(each).all(1)]
-    corner = (np.median(finite[:, 0]), *finite[:, 1:].max(0)) if len(finite) else ()
+    corner = _corner(each, ranks)
     order: list[int] = []
     for rank in range(int(ranks.max()) + 1):
         left, chosen = list(np.flatnonzero(ranks == rank)), list[tuple[float, ...]]()
         while left:
             volumes = {i: hypervolume([*chosen, tuple(each[i])], corner) for i in left}
             best = max(left, key=lambda i: (volumes[i], *-each[i]))
-            chosen.append(tuple(each[best]))
+            if np.all(each[best] < corner):  # what lies outside adds nothing
+                chosen.append(tuple(each[best]))
             order.append(int(best))
             left.remove(best)
     return order
+
+
+def _corner(each: NDArray[np.float64], ranks: NDArray[np.int64]) -> tuple[float, ...]:
+    """Where volumes end: the median score, and beyond the costs of all that none dominates."""
+    finite = np.isfinite(each).all(1)
+    if not finite.any():
+        return (-math.inf,) * int(each.shape[1])
+    costs = each[finite & (ranks == ranks[finite].min()), 1:]
+    ends = costs.max(0) + np.maximum(np.ptp(costs, axis=0), _TWICE)
+    return (float(np.median(each[finite, 0])), *map(float, ends))
+
+
+_TWICE = math.log(2)  # the least that the most expensive one of a front lies inside
 
 
 def non_dominated_ranks(points: NDArray[np.float64]) -> NDArray[np.int64]:

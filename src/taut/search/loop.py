@@ -191,8 +191,8 @@ class Searching:
         if not adopted and self._left() <= 0:
             return
         self.record["status"] = "running"
+        self.space = self._space()
         with self._clock() as self.clock, self._pool() as self.pool:  # they start meanwhile
-            self.space = self._space()
             self.grid = self._grid() if self.options.sampler == "grid" else []
             self.starts = self._starts() if self.options.sampler in BAYESIAN else []
             if self.options.halving == "none":
@@ -288,7 +288,8 @@ class Searching:
 
     def _tournament(self, alive: list[Trial], count: int, start: int, steps: list[int]) -> None:
         number = bracket_of(alive[0])[0]
-        told = [t for t in self.study.trials() if bracket_of(t)[:1] == [number]]
+        over = [t for t in self.study.trials() if t.state.is_finished()]
+        told = [t for t in over if bracket_of(t)[:1] == [number]]
         for rung in range(start, len(steps)):
             ladder = steps[start : rung + 1]
             outcomes = self._all([self._job(t, grown(recipe_of(t), ladder)) for t in alive])
