@@ -299,7 +299,7 @@ def test_aim_does_not_overshoot_in_a_few_steps(trained, task, steps):
     before = len(encode(packed_state(net)))
     settings = [Aim(size_bytes=1500), Training(accumulate=-(-19 // steps))]
     recover(net, task, Recover(epochs=1, learning_rate=1e-3), settings=settings, teacher=trained)
-    assert 1400 < len(encode(packed_state(net))) < 1.1 * before
+    assert 1200 < len(encode(packed_state(net))) < 1.2 * before
 
 
 def test_an_aim_goes_with_a_learning_rate_of_0(trained, task):
@@ -312,7 +312,7 @@ def test_scales_learn_faster_only_where_a_training_is_short_and_aimed(trained, t
     aimed, free = Price(net, 0.0, [Aim(size_bytes=1000)]), Price(net, 1e-5, ())
     assert aimed.haste(1e-3, 100) == pytest.approx(50)
     assert aimed.haste(1e-3, 10_000) == 1.0
-    assert aimed.haste(1e-3, 1) == pytest.approx(150)
+    assert aimed.haste(1e-3, 1) == pytest.approx(250)
     assert aimed.haste(0.0, 1) == 1.0
     assert free.haste(1e-3, 100) == 1.0
 

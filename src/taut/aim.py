@@ -92,7 +92,7 @@ class Price:
 
 _REACHED = 0.5
 _WAY = 5.0  # what a scale's logarithm must be able to move by in all
-_STRIDE = 0.15  # and at most in a step: with longer ones so few steps would only overshoot
+_STRIDE = 0.25  # and at most in a step: with longer ones few steps would only overshoot
 _FIRST = 0.02  # units of the loss for the whole file: a cross-entropy of a network that knows
 _PROPORTIONAL, _INTEGRAL = 4.0, 60.0
 _HIGHEST = math.log(1e3)  # for the whole file: where this does not make it small, nothing does

@@ -337,7 +337,8 @@ class Searching:
                 return None
             least: tuple[float, dict[str, Any]] | None = None
             for attempt in range(_ATTEMPTS):
-                trial = self._ask([] if attempt else self._first(epochs, tried))
+                start = [] if attempt else self._first(epochs, tried)
+                trial = self._ask(start, blind=2 * attempt >= _ATTEMPTS)  # some insist on the tried
                 if trial is None:
                     return None
                 over = self._accepted(trial, epochs, bracket, tried)
@@ -364,8 +365,8 @@ class Searching:
             first[:0] = [m for m in more if self.space.text(m, epochs) not in tried]
         return [s for s in first if not any(s.items() <= p for p in every)][:1]
 
-    def _ask(self, start: list[dict[str, Any]]) -> Trial | None:
-        """A trial of what it may start by, if anything, or of what the sampler proposes."""
+    def _ask(self, start: list[dict[str, Any]], blind: bool) -> Trial | None:
+        """A trial of what it may start by, or of what the sampler proposes; blind: at random."""
         seen = len(self.study.optuna.get_trials(deepcopy=False))
         if self.options.sampler == "grid":
             start = self.grid[seen : seen + 1]
@@ -373,7 +374,8 @@ class Searching:
                 return None
         for values in start:
             self.study.optuna.enqueue_trial(values)
-        return self.study.ask(sampler(self.options.sampler, self.options.seed, seen))
+        kind = "random" if blind else self.options.sampler
+        return self.study.ask(sampler(kind, self.options.seed, seen))
 
     def _accepted(
         self, trial: Trial, epochs: int, bracket: tuple[int, ...], tried: set[str]
