@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 
 import taut
 from taut.export.attention import as_products
+from taut.groups.rewrite import as_graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -126,6 +127,44 @@ def test_what_nobody_asks_for_is_left_out_and_equal_masks_are_one(tmp_path: Path
     counted = {k: kinds.count(k) for k in ("Softmax", "Mul", "Transpose", "Where")}
     assert counted == {"Softmax": 2, "Mul": 2, "Transpose": 8, "Where": 1}
     assert [list(i.dims) for i in graph.initializer].count([5, 5]) == 1
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "xml"])
+@torch.no_grad()
+def test_what_one_product_gives_is_taken_apart_where_it_lies(suffix: str, tmp_path: Path) -> None:
+    """A graph that takes a network's place has PyTorch's own moves of queries, keys and values."""
+    if suffix == "xml":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    net = Net(lambda net, x: net.a(x, x, x, need_weights=False)[0], a=layer).eval()
+    x = torch.randn(2, 5, 16)
+    graph = as_graph(net, ((x,), {}))
+    found = taut.export(graph, tmp_path / f"net.{suffix}", x)
+    assert found.network is not None
+    torch.testing.assert_close(found.network(x), net(x), rtol=0.02, atol=0.02)
+    if suffix == "onnx":
+        kinds = [n.op_type for n in onnx.load(found.path).graph.node]
+        assert (kinds.count("Split"), kinds.count("Gather"), kinds.count("Squeeze")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["summed", "last first", "given"])
+@torch.no_grad()
+def test_what_is_read_as_a_whole_too_is_not_taken_apart(kind: str, tmp_path: Path) -> None:
+    def run(net, x):
+        y = net.q(x).unflatten(-1, (4, 8))
+        y = y.unsqueeze(0).transpose(0, -2).squeeze(-2)
+        if kind == "last first":
+            return y[-1] - y[0]
+        return (y[0] - y[1], y) if kind == "given" else y[0] - y.sum(0)
+
+    net, x = Net(run, q=nn.Linear(16, 32)).eval(), torch.randn(2, 5, 16)
+    found = taut.export(net, tmp_path / "net.onnx", x)
+    assert found.network is not None
+    for got, wanted in zip(
+        *(y if isinstance(y, tuple) else (y,) for y in (found.network(x), net(x))), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_that_the_network_gives_stays_one(tmp_path: Path) -> None:
