@@ -1,6 +1,7 @@
 """OBS and block Fisher against what they stand for, on matrices small enough to try everything."""
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -406,18 +407,22 @@ def test_rows_are_realigned_to_give_what_they_gave(monkeypatch):
 @pytest.mark.parametrize("text", ["prune_weights(sparsity=0.6, scope='layer', criterion='obs')",
                                   "quantize(bits=3, method='gptq')"])  # fmt: skip
 def test_later_layers_make_good_what_earlier_ones_lost(text, monkeypatch):
-    torch.manual_seed(0)
-    mixed = torch.randn(512, 6) @ torch.randn(6, 16)
-    x = mixed + 0.1 * torch.randn(512, 16)
-    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(),
-                          nn.Linear(24, 4))  # fmt: skip
-    with torch.no_grad():
-        y = model(x)
-    task = taut.Task(train=[(x, y)], test=[(x, y)], loss=F.mse_loss, score=F.mse_loss,
-                     better="lower")  # fmt: skip
-    lost = {}
-    for name in ("realigned", "as they are"):
-        net = taut.apply(clone(model), text, task)
-        lost[name] = float(F.mse_loss(net(x), y).detach())
-        monkeypatch.setattr(second_order, "realigned", lambda rows, *_: rows)
-    assert lost["realigned"] < 0.8 * lost["as they are"]
+    def drop(seed):
+        """What is lost beside what was lost without."""
+        torch.manual_seed(seed)
+        mixed = torch.randn(512, 6) @ torch.randn(6, 16)
+        x = mixed + 0.1 * torch.randn(512, 16)
+        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(),
+                              nn.Linear(24, 4))  # fmt: skip
+        with torch.no_grad():
+            y = model(x)
+        task = taut.Task(train=[(x, y)], test=[(x, y)], loss=F.mse_loss, score=F.mse_loss,
+                         better="lower")  # fmt: skip
+        with_it = F.mse_loss(taut.apply(clone(model), text, task)(x), y)
+        with monkeypatch.context() as patched:
+            patched.setattr(second_order, "realigned", lambda rows, *_: rows)
+            without = F.mse_loss(taut.apply(clone(model), text, task)(x), y)
+        return float((with_it / without).detach())
+
+    # one draw may go either way, by the last bits that a processor's sums have
+    assert statistics.geometric_mean(map(drop, range(5))) < 0.6
