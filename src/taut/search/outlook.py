@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,7 @@ _PREDICTED = {"bytes": "size_bytes", "macs": "macs", "parameters": "parameters"}
 _DOUBT = 1.25  # how far beyond a bound a prediction may lie and the recipe still be tried
 _WORTH = 0.8  # two recodings are worth trying where they are predicted so much below the better one
 _BISECTIONS = 7
-_SHARES = (0.25, 0.5, 0.75)  # of the strengths of a mix that reshapes
+_OFF = 0.75  # of the way from end to end of the strengths that reshape
 
 _Ground = tuple[nn.Module, Trace, Statistics]
 """What predictions stand on."""
@@ -53,6 +54,7 @@ class Outlook:
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
         self._rising: dict[str, bool] = {}  # what `rises` found
         self.shrinking: set[str] = set()  # techniques that reshape and make the file smaller
+        self._defaults: dict[str, tuple[_Ground, float]] = {}  # of those: reshaped, and its bytes
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
@@ -63,7 +65,7 @@ class Outlook:
         """What predictions stand on once these are applied; the network itself where none is."""
         model, traced, statistics = self.model, self.trace, self.statistics
         if steps:
-            statistics = Statistics(model, self.ground.glance, traced)
+            statistics = self._glanced
         for step in steps:
             if model is self.model:
                 model = clone(model)
@@ -72,6 +74,11 @@ class Outlook:
             exact = self.goal.bound("macs") is not None
             statistics = (Statistics if exact else _Even)(model, self.ground.glance, traced)
         return model, traced, statistics
+
+    @cached_property
+    def _glanced(self) -> Statistics:
+        """Of the network as it is, by very few examples."""
+        return Statistics(self.model, self.ground.glance, self.trace)
 
     def _forecast(self, recipe: Recipe, ground: _Ground) -> Forecast:
         """The prediction where the recipe's reshaping is done."""
@@ -154,22 +161,33 @@ class Outlook:
         return found
 
     def reshaped_starts(self, space: Space) -> list[dict[str, Any]]:
-        """The same for what reshapes first, by the mildest of a few strengths: each is applied."""
+        """The same for what reshapes first, at its default or at a strength that is a quarter off.
+
+        A network is reshaped once for each technique, which also tells what makes it smaller.
+        """
         space, found = replace(space, flat=False), []
         for reshape in space.reshape if self._predicts() else ():
             knob = space.knobs.get(reshape)
             if reshape not in self.shrinking or knob is None or knob.scale == "words":
                 continue
+            alone = {"reshape": reshape, "recode": NOTHING, knob.name: knob.at(_OFF)}
+            try:
+                recipe = space.suggest(Fixed(alone), 1)
+                other = self._reshaped(_reshapes(recipe))
+                size = self._forecast(recipe, other).size_bytes
+            except TautError:  # so far off it does not go
+                continue
+            default, its = self._defaults[reshape]
+            rises = self._rising[reshape] = size <= its
             left = [mix for mix in space.recode if mix != NOTHING]
-            for share in _SHARES:
+            grounds = (
+                [(0.5, default), (_OFF, other)] if rises else [(1 - _OFF, other), (0.5, default)]
+            )
+            for share, ground in grounds:
                 given = {mix: self._at(space, reshape, mix, share) for mix in left}
-                alone = {**self._at(space, reshape, NOTHING, share), "recode": NOTHING}
-                with contextlib.suppress(TautError):  # so strong it does not go
-                    steps = _reshapes(space.suggest(Fixed(alone), 1))
-                    ground = self._reshaped(steps)
-                    good = [m for m in left if self._keeps(space, given[m], ground)]
-                    found += [given[m] for m in good]
-                    left = [m for m in left if m not in good]
+                good = [m for m in left if self._keeps(space, given[m], ground)]
+                found += [given[m] for m in good]
+                left = [m for m in left if m not in good]
         return found
 
     def _predicts(self) -> bool:
@@ -215,10 +233,18 @@ class Outlook:
         return sizes[1] <= sizes[0]
 
     def _works(self, cls: type[Technique]) -> bool:
-        size = self._size(Recipe((cls(),)), cls.name)
-        if size is not None and size < self.forecast(Recipe(())).size_bytes:
+        recipe = Recipe((cls(),))
+        try:
+            check(recipe, self.trace)
+            ground = self._reshaped(_reshapes(recipe))
+            size = self._forecast(recipe, ground).size_bytes
+        except TautError as error:
+            self.refused[cls.name] = str(error)
+            return False
+        if size < self.forecast(Recipe(())).size_bytes:
             self.shrinking.add(cls.name)
-        return size is not None
+            self._defaults[cls.name] = ground, size
+        return True
 
     def _recodings(self, names: Sequence[str], named: dict[str, type[Technique]]) -> list[str]:
         """Single ones, and pairs that are predicted well below the better one of the two."""
