@@ -168,10 +168,11 @@ def _as_layer(module: fx.GraphModule, node: fx.Node) -> None:
     What is compressed then runs packed, and what it reads can be rounded.
     """
     x, *read = node.args
-    names = [str(a.target) for a in read if isinstance(a, fx.Node) and a.op == "get_attr"]
+    tensors_read = [a for a in read if isinstance(a, fx.Node) and a.op == "get_attr"]
+    names = [str(a.target) for a in tensors_read]
     path = names[0].rpartition(".")[0] if names else ""
     wanted = [f"{path}.weight", f"{path}.bias"][: len(read)]
-    if not path or names != wanted or any(len(a.users) > 1 for a in read):  # type: ignore[union-attr]
+    if not path or names != wanted or any(len(a.users) > 1 for a in tensors_read):
         return
     held = module.get_submodule(path)
     tensors = dict(held.named_parameters())
@@ -187,7 +188,7 @@ def _as_layer(module: fx.GraphModule, node: fx.Node) -> None:
         called = module.graph.call_module(path, (x,))
     called.meta = node.meta
     node.replace_all_uses_with(called)
-    for gone in (node, *cast("list[fx.Node]", read)):
+    for gone in (node, *tensors_read):
         module.graph.erase_node(gone)
 
 

@@ -53,8 +53,8 @@ class Outlook:
         self.statistics = Statistics(self.model, ground.calibration, self.trace, ground.curves)
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
         self._rising: dict[str, bool] = {}  # what `rises` found
-        self.shrinking: set[str] = set()  # techniques that reshape and make the file smaller
-        self._defaults: dict[str, tuple[_Ground, float]] = {}  # of those: reshaped, and its bytes
+        # techniques that reshape and make the file smaller: the network so reshaped, and its bytes
+        self._shrunk: dict[str, tuple[_Ground, float]] = {}
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
@@ -94,7 +94,7 @@ class Outlook:
         """For each bound that can be predicted, how many times beyond it: 0 where it is kept."""
         check(recipe, self.trace)
         reshapes = _reshapes(recipe)
-        if reshapes and all(s.name in self.shrinking for s in reshapes):
+        if reshapes and all(s.name in self._shrunk for s in reshapes):
             with contextlib.suppress(TautError):  # it may not go on the layers as they are
                 over = self._over(self.forecast(_without(recipe, reshapes)))
                 if not any(over.values()):  # less than that it will be
@@ -168,7 +168,7 @@ class Outlook:
         space, found = replace(space, flat=False), []
         for reshape in space.reshape if self._predicts() else ():
             knob = space.knobs.get(reshape)
-            if reshape not in self.shrinking or knob is None or knob.scale == "words":
+            if reshape not in self._shrunk or knob is None or knob.scale == "words":
                 continue
             alone = {"reshape": reshape, "recode": NOTHING, knob.name: knob.at(_OFF)}
             try:
@@ -177,7 +177,7 @@ class Outlook:
                 size = self._forecast(recipe, other).size_bytes
             except TautError:  # so far off it does not go
                 continue
-            default, its = self._defaults[reshape]
+            default, its = self._shrunk[reshape]
             rises = self._rising[reshape] = size <= its
             left = [mix for mix in space.recode if mix != NOTHING]
             grounds = (
@@ -242,8 +242,7 @@ class Outlook:
             self.refused[cls.name] = str(error)
             return False
         if size < self.forecast(Recipe(())).size_bytes:
-            self.shrinking.add(cls.name)
-            self._defaults[cls.name] = ground, size
+            self._shrunk[cls.name] = ground, size
         return True
 
     def _recodings(self, names: Sequence[str], named: dict[str, type[Technique]]) -> list[str]:
