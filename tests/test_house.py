@@ -23,7 +23,7 @@ EVERYTHING = sorted(
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 FLOORS = (
-    {"errors", "types", "machine", "attention"},
+    {"errors", "types", "machine", "attention", "quiet"},
     {"caches"},
     {
         "files",

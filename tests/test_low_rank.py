@@ -15,6 +15,7 @@ from taut.errors import FormatError, RecipeError
 from taut.modules import clone
 from taut.pack import load
 from taut.packed import Plain
+from taut.statistics import Statistics
 from taut.techniques import LowRank, low_rank
 from taut.techniques.low_rank import Factor
 
@@ -170,6 +171,18 @@ def test_by_the_data_a_layer_gives_what_it_gave(trained, task, ratio):
         losses.append(task.calibration_loss()(made))
     assert errors[0] < 0.7 * errors[1]
     assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": "macs"}, {"rank": "vbmf"}, {"weighted": False}])
+def test_an_outline_has_the_ranks_and_fits_nothing(trained, task, options, monkeypatch):
+    traced = taut.trace(trained, task.example())
+    statistics = Statistics(trained, task.calibration_loss(), traced)
+    step = LowRank(**options)
+    whole = step.reshape(clone(trained), traced, statistics)
+    monkeypatch.setattr(low_rank, "_Seen", lambda *_: 1 / 0)
+    outline = step.outline(clone(trained), traced, statistics)
+    assert edits.of(outline) == edits.of(whole)
+    assert task.evaluate(outline.eval()) > 0.5
 
 
 def test_energy_says_what_is_kept(trained, task):

@@ -174,7 +174,7 @@ def test_what_fits_before_it_is_reshaped_is_not_looked_at(monkeypatch):
     outlook, _ = made("bytes<=10%")
     outlook.space("low_rank, prune_weights")
     asked = []
-    monkeypatch.setattr(techniques()["low_rank"], "reshape", lambda *a: asked.append(a) or 1 / 0)
+    monkeypatch.setattr(techniques()["low_rank"], "outline", lambda *a: asked.append(a) or 1 / 0)
     fits = "low_rank(energy=0.99) > prune_weights(sparsity=0.98) > recover()"
     assert outlook.excess(Recipe.parse(fits)) == {"bytes": 0.0}
     assert not asked
@@ -224,6 +224,33 @@ def test_a_search_starts_by_what_reshapes_too_at_the_mildest_of_a_few_strengths(
                 0.1 * outlook.original.size_bytes
             )
     assert recoded
+
+
+def test_what_a_search_starts_by_is_not_reshaped_again(monkeypatch):
+    outlook, _ = made("bytes<=10%, score>=-1%")
+    space = outlook.space("low_rank, prune_weights, share_values")
+    asked, outline = [], techniques()["low_rank"].outline
+    monkeypatch.setattr(
+        techniques()["low_rank"], "outline", lambda *a: asked.append(a) or outline(*a)
+    )
+    starts = outlook.reshaped_starts(space)
+    assert len(asked) == 1  # at the default `space` did
+    recipes = [space.suggest(Fixed(start), 5) for start in starts]
+    told = [outlook.forecast(recipe) for recipe in recipes]
+    assert len(asked) == 1
+    assert any(s.energy == 0.9 for r in recipes for s in r.steps if s.name == "low_rank")
+    for recipe, found in zip(recipes, told, strict=True):
+        fresh = Outlook(outlook.ground, outlook.original, outlook.goal).forecast(recipe)
+        assert found.size_bytes == fresh.size_bytes
+
+
+def test_predictions_are_not_logged_as_deeds(caplog):
+    caplog.set_level("INFO", "taut")
+    outlook, _ = made()
+    outlook.reshaped_starts(outlook.space("low_rank, prune_weights"))
+    assert not [r for r in caplog.records if "becomes" in r.message or "sparsity" in r.message]
+    taut.apply(outlook.model, "low_rank(energy=0.5)", outlook.task)
+    assert [r for r in caplog.records if "becomes" in r.message]
 
 
 def test_kinds_of_starts_take_turns():

@@ -20,7 +20,7 @@ from taut.errors import RecipeError, TaskError
 from taut.modules import clone
 from taut.pack import load, pack
 from taut.statistics import Statistics
-from taut.techniques import SwapConvs
+from taut.techniques import SwapConvs, swap_convs
 
 
 def conv_net():
@@ -211,6 +211,24 @@ def test_tolerance_decides_which_blocks_stay(net, images, caplog):
     )
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert not edits.of(net)
+
+
+@pytest.mark.parametrize("tolerance", [0.8, 0.15])
+@pytest.mark.parametrize("to", KINDS)
+def test_an_outline_swaps_the_same_blocks_and_trains_none(net, images, to, tolerance, monkeypatch):
+    step = SwapConvs(to=to, tolerance=tolerance, block_steps=100)
+    traced = taut.trace(net, images.example())
+    statistics = Statistics(net, images.calibration_loss(), traced)
+
+    def done(change):
+        try:
+            return edits.of(change(clone(net), traced, statistics))
+        except RecipeError:
+            return "refused"
+
+    whole = done(step.reshape)
+    monkeypatch.setattr(swap_convs, "train", lambda *_: 1 / 0)
+    assert done(step.outline) == whole
 
 
 def test_more_filters_for_each_channel_miss_less(net, images):

@@ -428,6 +428,13 @@ class ReshapingContract:
         with torch.no_grad():
             _close(loaded(*example), model.eval()(*example))
 
+    def test_its_outline_has_its_shape(self, technique: Reshaping, kind: str) -> None:
+        model, example = self._reshaped(technique, kind)
+        torch.manual_seed(0)
+        outline = _reshape(technique, NETS[kind].build().eval(), example, outline=True)
+        assert edits.of(outline) == edits.of(model)
+        assert all(bool(p.isfinite().all()) for p in outline.parameters())
+
     def test_a_checkpoint_replays(self, technique: Reshaping, kind: str) -> None:
         model, example = self._reshaped(technique, kind)
         again = edits.replay(NETS[kind].build(), edits.of(model)).eval()
@@ -476,9 +483,12 @@ class ReshapingContract:
         assert Recipe.parse(str(technique)).steps == (technique,)
 
 
-def _reshape(technique: Reshaping, model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+def _reshape(
+    technique: Reshaping, model: nn.Module, example: tuple[Any, ...], outline: bool = False
+) -> nn.Module:
     traced = trace(model, (example, {}))
-    return technique.reshape(model, traced, Statistics(model, _Loss(example), traced))
+    change = technique.outline if outline else technique.reshape
+    return change(model, traced, Statistics(model, _Loss(example), traced))
 
 
 def _numbers(model: nn.Module) -> int:

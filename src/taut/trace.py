@@ -6,13 +6,9 @@ a network of hand-written layers is traced like one of PyTorch's own.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 import operator
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +23,7 @@ from taut.errors import TraceError
 from taut.full_lengths import full_lengths
 from taut.modules import clone, device_of, to_device
 from taut.norm_readers import norm_readers
+from taut.quiet import silenced
 from taut.types import Kind, Site
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -105,7 +102,6 @@ def export(
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     device, fused = device_of(copied), torch.backends.mha.get_fastpath_enabled()
-    logged = logging.root.manager.disable
     args = tuple(to_device(a, device) for a in example[0])
     kwargs = {k: to_device(v, device) for k, v in example[1].items()}
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
@@ -115,14 +111,9 @@ def export(
             shapes[value] = {d: torch.export.Dim.AUTO for d in dims if d < value.dim()}
     free = shapes if dims else None
     try:
-        logging.disable(logging.CRITICAL)  # the error says it all
         torch.backends.mha.set_fastpath_enabled(False)  # it hides weights in one fused operation
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with full_lengths(copied):
-                program = torch.export.export(
-                    copied, args, kwargs, strict=False, dynamic_shapes=free
-                )
+        with silenced(), full_lengths(copied):
+            program = torch.export.export(copied, args, kwargs, strict=False, dynamic_shapes=free)
     except Exception as error:
         reason = [type(error).__name__, *str(error).strip().splitlines()[:1]]
         raise TraceError(
@@ -132,7 +123,6 @@ def export(
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        logging.disable(logged)
     return copied, program
 
 

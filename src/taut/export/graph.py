@@ -10,12 +10,8 @@ batch norms go into the steps. A node's name says which layer it came from: `lay
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -32,6 +28,7 @@ from taut.export.plain import Integers
 from taut.export.recurrent_onnx import recurrent_as_onnx
 from taut.export.tidy import share, tidy
 from taut.export.whole import constant, integer, settle_gemms, tell_zeros
+from taut.quiet import silenced
 
 OPSET = 21
 _MOVES = {"Transpose", "Slice", "Concat", "Unsqueeze", "Reshape", "Squeeze"}
@@ -86,11 +83,8 @@ def layer_of(node_name: str) -> str:
 
 
 def _translated(program: ExportedProgram) -> ir.Model:
-    logged = logging.root.manager.disable
     try:
-        logging.disable(logging.CRITICAL)  # the error says it all
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with silenced():
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, opset_version=OPSET, optimize=False,
                 custom_translation_table={
@@ -101,8 +95,6 @@ def _translated(program: ExportedProgram) -> ir.Model:
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(_lacking(program, error)) from error
-    finally:
-        logging.disable(logged)
     assert made is not None
     model: ir.Model = made.model
     return model

@@ -6,12 +6,7 @@ floats: whole numbers are decoded, and what layers round is rounded in floats.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ from taut.errors import ExportError
 from taut.export.job import Job
 from taut.export.targets import Runner, check_count
 from taut.files import write_atomically
+from taut.quiet import silenced
 
 
 def write(job: Job, path: Path) -> None:
@@ -36,7 +32,7 @@ def write(job: Job, path: Path) -> None:
         )
     rounding: Any = {torch.ops.taut.round_input.default: _round_input}
     try:
-        with _quietly():
+        with silenced():
             program = job.program.run_decompositions(rounding)
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             lowered = edge.to_executorch()
@@ -80,15 +76,3 @@ def opened(path: Path, threads: int | None = None, precision: str = "float32") -
 
 def _round_input(x: Tensor, step: float, low: int, high: int) -> Tensor:
     return (x / step + 0.5).floor().clamp(low, high) * step
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    logged = logging.root.manager.disable
-    try:
-        logging.disable(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,8 +19,10 @@ from taut.goal import Goal
 from taut.modules import clone
 from taut.pattern import Pattern
 from taut.plan import Forecast, check, forecast
+from taut.quiet import hushed
 from taut.recipe import Recipe
 from taut.recoding import Recoding
+from taut.recover import Recover
 from taut.reshaping import Reshaping
 from taut.search.space import NOTHING, Fixed, Space, aim_knob, chosen, knobs_of
 from taut.statistics import Statistics
@@ -55,12 +58,15 @@ class Outlook:
         self._rising: dict[str, bool] = {}  # what `rises` found
         # techniques that reshape and make the file smaller: the network so reshaped, and its bytes
         self._shrunk: dict[str, tuple[_Ground, float]] = {}
+        self._known: dict[str, Forecast] = {}  # of recipes that reshape, for each costs a reshaping
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
         check(recipe, self.trace)
-        return self._forecast(recipe, self._reshaped(_reshapes(recipe)))
+        known = self._known.get(_untrained(recipe))
+        return known or self._forecast(recipe, self._reshaped(_reshapes(recipe)))
 
+    @hushed(logging.INFO)  # what a technique would do is not told as if it did
     def _reshaped(self, steps: Sequence[Reshaping]) -> _Ground:
         """What predictions stand on once these are applied; the network itself where none is."""
         model, traced, statistics = self.model, self.trace, self.statistics
@@ -69,7 +75,7 @@ class Outlook:
         for step in steps:
             if model is self.model:
                 model = clone(model)
-            model = step.reshape(model, traced, statistics)
+            model = step.outline(model, traced, statistics)
             traced = trace(model, self.task.example())
             exact = self.goal.bound("macs") is not None
             statistics = (Statistics if exact else _Even)(model, self.ground.glance, traced)
@@ -80,6 +86,7 @@ class Outlook:
         """Of the network as it is, by very few examples."""
         return Statistics(self.model, self.ground.glance, self.trace)
 
+    @hushed(logging.INFO)
     def _forecast(self, recipe: Recipe, ground: _Ground) -> Forecast:
         """The prediction where the recipe's reshaping is done."""
         model, traced, statistics = ground
@@ -88,7 +95,10 @@ class Outlook:
             check(rest, traced)
         found = forecast(rest, traced, model, statistics)
         aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
-        return found if aimed is None else replace(found, size_bytes=aimed)
+        found = found if aimed is None else replace(found, size_bytes=aimed)
+        if model is not self.model:
+            self._known[_untrained(recipe)] = found
+        return found
 
     def excess(self, recipe: Recipe) -> dict[str, float]:
         """For each bound that can be predicted, how many times beyond it: 0 where it is kept."""
@@ -163,7 +173,7 @@ class Outlook:
     def reshaped_starts(self, space: Space) -> list[dict[str, Any]]:
         """The same for what reshapes first, at its default or at a strength that is a quarter off.
 
-        A network is reshaped once for each technique, which also tells what makes it smaller.
+        A network is reshaped once for each technique: at the default `space` did.
         """
         space, found = replace(space, flat=False), []
         for reshape in space.reshape if self._predicts() else ():
@@ -179,12 +189,15 @@ class Outlook:
                 continue
             default, its = self._shrunk[reshape]
             rises = self._rising[reshape] = size <= its
+            usual = knob.sample(getattr(techniques()[reshape](), knob.option))
+            places = [(0.5, usual, default), (_OFF, alone[knob.name], other)]
             left = [mix for mix in space.recode if mix != NOTHING]
-            grounds = (
-                [(0.5, default), (_OFF, other)] if rises else [(1 - _OFF, other), (0.5, default)]
-            )
-            for share, ground in grounds:
-                given = {mix: self._at(space, reshape, mix, share) for mix in left}
+            for share, sample, ground in places if rises else reversed(places):
+                given = {
+                    mix: {**self._at(space, reshape, mix, share if rises else 1 - share),
+                          knob.name: sample}
+                    for mix in left
+                }  # fmt: skip
                 good = [m for m in left if self._keeps(space, given[m], ground)]
                 found += [given[m] for m in good]
                 left = [m for m in left if m not in good]
@@ -277,6 +290,11 @@ def in_turn(kinds: Iterable[Sequence[dict[str, Any]]], seed: int) -> list[dict[s
 
 def _reshapes(recipe: Recipe) -> list[Reshaping]:
     return [s for s in recipe.steps if isinstance(s, Reshaping)]
+
+
+def _untrained(recipe: Recipe) -> str:
+    """What a prediction depends on: all but the training."""
+    return str(Recipe(tuple(s for s in recipe.steps if not isinstance(s, Recover))))
 
 
 def _without(recipe: Recipe, steps: Sequence[Reshaping]) -> Recipe:

@@ -93,8 +93,19 @@ class Knob:
         if self.scale != "logit":
             return sampled if isinstance(sampled, int) else _rounded(sampled)
         share = 1 / (1 + math.exp(-sampled))
-        share = _rounded(share) if share < 0.5 else 1 - _rounded(1 - share)
-        return round(self.start + self.width * share, 9)
+        near = self.width * min(share, 1 - share)  # to the nearest end, of which three digits count
+        return round(self.start + self.width * share, 2 - math.floor(math.log10(near)))
+
+    def sample(self, value: float) -> Any:
+        """What has to be sampled for a value, or for the end that is nearest to it.
+
+        >>> Knob(step="", option="", scale="log", low=1, high=100).sample(1000)
+        100
+        """
+        if self.scale == "logit":
+            share = min(max((value - self.start) / self.width, 1e-9), 1 - 1e-9)
+            value = math.log(share / (1 - share))
+        return min(max(value, self.low), self.high)
 
     def at(self, share: float) -> Any:
         """The sample that lies so far between the ends, from 0 to 1.

@@ -85,6 +85,15 @@ class LowRank(Reshaping):
             )
 
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        return self._factored(model, trace, statistics, fitted=self.weighted)
+
+    def outline(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        return self._factored(model, trace, statistics, fitted=False)
+
+    def _factored(
+        self, model: nn.Module, trace: Trace, statistics: Statistics, fitted: bool
+    ) -> nn.Module:
+        """fitted: whether later layers make good what the earlier ones lost."""
         layers: list[_Layer] = []
         for site in self.sites(trace):
             if why := _why_not(model, site):
@@ -95,7 +104,7 @@ class LowRank(Reshaping):
             chosen = self._within(model, layers, trace)
         else:
             chosen = [self._ranks(layer) for layer in layers]
-        found, seen = [], _Seen(model, trace, statistics, layers) if self.weighted else None
+        found, seen = [], _Seen(model, trace, statistics, layers) if fitted else None
         for layer, ranks in zip(layers, chosen, strict=True):
             if ranks:
                 found.append((layer.change(ranks), layer.parts(ranks, seen)))

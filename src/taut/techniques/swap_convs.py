@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ from taut.trace import Trace
 from taut.types import Cost, Site
 
 _log = logging.getLogger("taut")
+_UNTRAINED = 1.2  # times as much of a block's outputs is missed, about, as after its training
 
 
 @register_step
@@ -106,6 +107,11 @@ class SwapConvs(Reshaping):
             state = work.get_submodule(swap.layer).state_dict()
             model.get_submodule(swap.layer).load_state_dict(state)
         return model
+
+    def outline(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        """By least squares alone; what training makes good is allowed for."""
+        untrained = replace(self, block_steps=0, tolerance=min(_UNTRAINED * self.tolerance, 10))
+        return (untrained if self.block_steps else self).reshape(model, trace, statistics)
 
     def _width(self, conv: Conv) -> int:
         """The whole number that an edit holds."""
