@@ -10,6 +10,7 @@ from nets import traced
 from torch import nn
 
 import taut
+from taut.errors import RecipeError
 from taut.growth import growth
 from taut.modules import parametrized_names
 from taut.pack import inspect, pack
@@ -114,3 +115,10 @@ def test_a_run_that_was_killed_remembers_it(tmp_path, result):
         taut.compress(runs.network(), small_task(), recipe, folder=tmp_path, watch=Killing())
     resumed = taut.compress(runs.network(), small_task(), recipe, folder=tmp_path)
     assert resumed.candidate.left == result.candidate.left
+
+
+def test_what_cannot_be_is_refused_before_its_bytes_are_predicted(task):
+    net = nn.Sequential(nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 10))
+    with pytest.raises(RecipeError, match=r"got 8 for the 5 of site '2\.weight'"):
+        taut.apply(net, StructuredMatrix(block=8), task)
+    assert not parametrized_names(net)

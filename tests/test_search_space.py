@@ -8,7 +8,7 @@ import pytest
 from conftest import digits_task, small_net
 
 import taut
-from taut.errors import SearchError
+from taut.errors import RecipeError, SearchError
 from taut.goal import Goal
 from taut.measure import measure
 from taut.recipe import Recipe
@@ -170,16 +170,17 @@ def test_reshaped_networks_are_predicted_as_reshaped():
     assert half.macs < 0.7 * whole.macs
 
 
-def test_what_fits_before_it_is_reshaped_is_not_looked_at(monkeypatch):
+def test_what_fits_but_cannot_be_is_ruled_out():
     outlook, _ = made("bytes<=10%")
-    outlook.space("low_rank, prune_weights")
-    asked = []
-    monkeypatch.setattr(techniques()["low_rank"], "outline", lambda *a: asked.append(a) or 1 / 0)
-    fits = "low_rank(energy=0.99) > prune_weights(sparsity=0.98) > recover()"
+    fits = "prune_weights(sparsity=0.98) > recover()"
     assert outlook.excess(Recipe.parse(fits)) == {"bytes": 0.0}
-    assert not asked
-    with pytest.raises(ZeroDivisionError):
-        outlook.excess(Recipe.parse("low_rank(energy=0.99) > prune_weights(sparsity=0.5)"))
+    assert outlook.excess(Recipe.parse(f"low_rank(energy=0.9) > {fits}")) == {"bytes": 0.0}
+    with pytest.raises(RecipeError, match=r"no layer .* gets smaller"):
+        outlook.excess(Recipe.parse(f"low_rank(energy=1) > {fits}"))
+    with pytest.raises(RecipeError, match="block must be at most the inputs"):
+        outlook.excess(
+            Recipe.parse("low_rank(rank='ratio', ratio=0.1) > structured_matrix(block=8)")
+        )
 
 
 def test_a_search_starts_by_the_mildest_of_each_mix_that_keeps_the_bounds():

@@ -47,6 +47,10 @@ def apply_where_smaller(
 ) -> list[LeftAlone]:
     """Put a technique on sites of a model, but for those that it would make larger: these."""
     left, local = [], step.localise(model, sites, statistics)
+    for site in sites:  # before any is changed
+        its = local[site.name]
+        if isinstance(its, Recoding) and chain(model, site) is None:
+            its.check(site, site.shape, masked=False)
     for site in sites:
         its, links, grown = local[site.name], chain(model, site), None
         if isinstance(its, Recoding):

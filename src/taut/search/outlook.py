@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import random
@@ -101,14 +100,10 @@ class Outlook:
         return found
 
     def excess(self, recipe: Recipe) -> dict[str, float]:
-        """For each bound that can be predicted, how many times beyond it: 0 where it is kept."""
-        check(recipe, self.trace)
-        reshapes = _reshapes(recipe)
-        if reshapes and all(s.name in self._shrunk for s in reshapes):
-            with contextlib.suppress(TautError):  # it may not go on the layers as they are
-                over = self._over(self.forecast(_without(recipe, reshapes)))
-                if not any(over.values()):  # less than that it will be
-                    return over
+        """For each bound that can be predicted, how many times beyond it: 0 where it is kept.
+
+        Raises TautError where the recipe cannot be applied.
+        """
         return self._over(self.forecast(recipe))
 
     def _over(self, found: Forecast) -> dict[str, float]:
