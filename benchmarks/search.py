@@ -32,6 +32,7 @@ from torch import nn
 
 import taut
 from taut.data import Batches, fashion_mnist, images
+from taut.errors import TautError
 from taut.goal import Goal
 from taut.measure import tensor_bytes
 from taut.pattern import Pattern
@@ -203,7 +204,11 @@ def drawn(on: Bench, count: int, seed: int) -> list[str]:
     numbers, found = Drawn(random.Random(seed)), list[str]()
     while len(found) < count:
         recipe = on.space.suggest(numbers, 1)
-        if str(recipe) not in found and not on.outlook.rules_out(on.outlook.excess(recipe)):
+        try:
+            hopeless = on.outlook.rules_out(on.outlook.excess(recipe))
+        except TautError as error:
+            hopeless = str(error)
+        if str(recipe) not in found and not hopeless:
             found.append(str(recipe))
     return found
 
