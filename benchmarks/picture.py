@@ -10,6 +10,7 @@ best of everything that Taut has. Curves end where the panel does: what lost mor
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -150,6 +151,14 @@ class Drawing:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         self.add("polyline", points=points, fill="none", **more)
 
+    def keep_clear(self, spots: Sequence[Spot]) -> None:
+        """No writing on this line."""
+        for (x0, y0), (x1, y1) in itertools.pairwise(spots):
+            parts = max(1, round(math.hypot(x1 - x0, y1 - y0) / 6))
+            for i in range(parts + 1):
+                at = i / parts
+                self._take((x0 + at * (x1 - x0), y0 + at * (y1 - y0)), 2)
+
     def dot(self, at: Spot, radius: float, fill: str, **more: object) -> None:
         self.add("circle", cx=at[0], cy=at[1], r=radius, fill=fill, **more)
         self._take(at, radius)
@@ -166,11 +175,12 @@ class Drawing:
     def label(self, at: Spot, told: str, within: Spot, colour: str, weight: str = "400") -> None:
         """Write beside a point where there is room, or nowhere."""
         wide = 6.4 * len(told) * (1.06 if weight != "400" else 1)
-        for dx, dy in ((8, 4), (6, -8), (6, 16), (-8 - wide, 4), (-6 - wide, -8), (-6 - wide, 16),
-                       (-wide / 2, -10), (-wide / 2, 20)):  # fmt: skip
+        right, left, middle = 10.0, -9 - wide, -wide / 2
+        for dx, dy in ((right, 4), (right - 2, -8), (right - 2, 16), (left, 4), (left + 2, -8),
+                       (left + 2, 16), (middle, -10), (middle, 20), (right + 6, -8)):  # fmt: skip
             x, y = at[0] + dx, at[1] + dy
-            box = x, y - 10, x + wide, y + 2
-            inside = within[0] <= x and box[2] <= within[1] and box[1] >= TOP and y < LOW - 2
+            box = x - 2, y - 10, x + wide + 2, y + 2
+            inside = within[0] <= x and x + wide <= within[1] and box[1] >= TOP and y < LOW - 2
             if inside and not any(_meet(box, other) for other in self.taken):
                 self.taken.append(box)
                 self.text((x, y), told, 11.5, colour, font_weight=weight)
@@ -262,6 +272,7 @@ def _plotted(drawing: Drawing, panel: Panel) -> None:
     best = panel.unbeaten(panel.shown("single", "combined", "original"))
     line = [panel.spot(p) for p in best]
     drawing.path(line, stroke=theme["after"], stroke_width=3.2, stroke_linejoin="round")
+    drawing.keep_clear(line)
     for point in panel.shown("combined"):
         drawing.dot(panel.spot(point), 2.6, theme["after"])
     for spot in line:
@@ -275,7 +286,7 @@ def _plotted(drawing: Drawing, panel: Panel) -> None:
     start = panel.spot(panel.original)
     drawing.dot(start, 5.0, theme["paper"], stroke=theme["after"], stroke_width=2)
     for spot, told, colour, weight in ((start, "original", "ink", "400"), *several, *labels):
-        drawing.label(spot, told, (panel.left, panel.left + PANEL), colour, weight)
+        drawing.label(spot, told, (panel.left, panel.left + PANEL + GAP / 2), colour, weight)
 
 
 def _key(drawing: Drawing) -> None:
