@@ -122,3 +122,8 @@ def test_what_cannot_be_is_refused_before_its_bytes_are_predicted(task):
     with pytest.raises(RecipeError, match=r"got 8 for the 5 of site '2\.weight'"):
         taut.apply(net, StructuredMatrix(block=8), task)
     assert not parametrized_names(net)
+    whole = taut.trace(net, task.example())
+    taut.apply(net, PruneWeights(sparsity=0.5, only="2"), task, traced=whole)
+    with pytest.raises(RecipeError, match="got 8 for the 5 of site"):
+        taut.apply(net, StructuredMatrix(block=8, structure="toeplitz"), task, traced=whole)
+    assert parametrized_names(net) == ["2.weight"]

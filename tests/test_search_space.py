@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import digits_task, small_net
+from torch import nn
 
 import taut
 from taut.errors import RecipeError, SearchError
@@ -25,13 +27,16 @@ SITE = Site(name="fc.weight", kind="linear", shape=(64, 32), macs=2048)
 
 
 def made(goal="bytes<=15%", **options):
-    net, task = small_net().eval(), digits_task()
+    return outlook_of(small_net().eval(), digits_task(), goal), options
+
+
+def outlook_of(net, task, goal):
     traced = taut.trace(net, task.example())
     original = measure(net, task, traced, seconds=0.01, score=0.9)
     ground = Ground(
         model=net, task=task, trace=traced, folder=Path(), seed=0, precision="auto", watch=Watch()
     )
-    return Outlook(ground, original, Goal.parse(goal)), options
+    return Outlook(ground, original, Goal.parse(goal))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +248,35 @@ def test_what_a_search_starts_by_is_not_reshaped_again(monkeypatch):
     for recipe, found in zip(recipes, told, strict=True):
         fresh = Outlook(outlook.ground, outlook.original, outlook.goal).forecast(recipe)
         assert found.size_bytes == fresh.size_bytes
+
+
+def test_what_is_known_of_a_recipe_does_not_let_another_pass():
+    outlook, _ = made()
+    goes = (
+        "low_rank(energy=0.8) > prune_weights(sparsity=0.9) > schedule() > recover(epochs=2) > "
+        "share_values(bits=4) > recover(epochs=2)"
+    )
+    late = (
+        "low_rank(energy=0.8) > prune_weights(sparsity=0.9) > schedule() > share_values(bits=4) > "
+        "recover(epochs=4)"
+    )
+    assert outlook.forecast(Recipe.parse(goes)).size_bytes > 0
+    with pytest.raises(RecipeError, match="mask"):
+        outlook.forecast(Recipe.parse(late))
+
+
+def test_a_strength_whose_end_does_not_go_is_judged_nearer_to_the_default():
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 5, padding=2), nn.ReLU(), nn.Conv2d(12, 16, 5, padding=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(1024, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(64, 1, 8, 8)
+    data = [(x, x[:, 0, 0, 0].long() % 10)]
+    outlook = outlook_of(net, taut.Task(train=data, test=data), "bytes<=15%")
+    space = outlook.space("swap_convs, prune_weights")
+    assert not outlook.rises(space, "swap_convs")  # more filters for each channel
+    starts = outlook.reshaped_starts(space)
+    assert [s["swap_convs.multiplier"] for s in starts] == [1]
 
 
 def test_predictions_are_not_logged_as_deeds(caplog):

@@ -204,7 +204,10 @@ def test_more_products_are_refused_though_the_numbers_are_fewer(images, caplog):
 def test_tolerance_decides_which_blocks_stay(net, images, caplog):
     caplog.set_level("INFO", "taut")
     before = {n: t.clone() for n, t in net.state_dict().items()}
-    with pytest.raises(RecipeError, match="raise tolerance or multiplier, or choose another kind"):
+    with pytest.raises(
+        RecipeError,
+        match=r"0: it would miss .*raise tolerance or multiplier, or choose another kind",
+    ):
         taut.apply(net, SwapConvs(block_steps=0, tolerance=0.01), images)
     assert re.search(
         r"stays as it is: it would miss [\d.]+% of its .*\(tolerance=0.01\)", caplog.text
@@ -259,7 +262,7 @@ def test_more_filters_for_each_channel_miss_less(net, images):
     ids=str,
 )
 def test_widths_follow_from_the_options(net, images, step, width):
-    planned = step._planned(net, taut.trace(net, images.example()))
+    planned = step._planned(net, taut.trace(net, images.example()[0]))
     if step.width != 4:
         assert planned["2"].width == width
     else:

@@ -46,19 +46,16 @@ def apply_where_smaller(
     model: nn.Module, step: Technique, sites: tuple[Site, ...], statistics: Statistics
 ) -> list[LeftAlone]:
     """Put a technique on sites of a model, but for those that it would make larger: these."""
-    left, local = [], step.localise(model, sites, statistics)
-    for site in sites:  # before any is changed
-        its = local[site.name]
-        if isinstance(its, Recoding) and chain(model, site) is None:
-            its.check(site, site.shape, masked=False)
-    for site in sites:
-        its, links, grown = local[site.name], chain(model, site), None
+    local = step.localise(model, sites, statistics)
+    grown: dict[str, LeftAlone | None] = {}
+    for site in sites:  # what cannot be predicted is refused before any is changed
+        its, links = local[site.name], chain(model, site)
         if isinstance(its, Recoding):
-            grown = growth(its, [] if links is None else links.recipe, site)
-        if grown is None:
-            _log.info("%s: %s", site.name, its)
-            its.apply(model, site, statistics)
+            grown[site.name] = growth(its, [] if links is None else links.recipe, site)
+    for site in sites:
+        if left := grown.get(site.name):
+            _log.info("%s", left)
         else:
-            _log.info("%s", grown)
-            left.append(grown)
-    return left
+            _log.info("%s: %s", site.name, local[site.name])
+            local[site.name].apply(model, site, statistics)
+    return [left for left in grown.values() if left is not None]

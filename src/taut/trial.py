@@ -22,7 +22,6 @@ from taut.growth import apply_where_smaller
 from taut.measure import BATCHES, measure
 from taut.modules import clone
 from taut.pack import load, pack
-from taut.plan import check
 from taut.processes import is_main, once
 from taut.recipe import Recipe
 from taut.recoding import Chain, Recoding, chains, core
@@ -147,7 +146,6 @@ class Trial:
                 self.left += left
                 if isinstance(step, Reshaping):
                     self.trace = trace(self.model, self.task.example())
-                    check(Recipe(self.recipe.steps[index + 1 :]), self.trace)
             self.step = index + 1
             self.recovering = None
             self.save()

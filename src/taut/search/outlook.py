@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import random
@@ -21,9 +22,8 @@ from taut.plan import Forecast, check, forecast
 from taut.quiet import hushed
 from taut.recipe import Recipe
 from taut.recoding import Recoding
-from taut.recover import Recover
 from taut.reshaping import Reshaping
-from taut.search.space import NOTHING, Fixed, Space, aim_knob, chosen, knobs_of
+from taut.search.space import NOTHING, Fixed, Knob, Space, aim_knob, chosen, knobs_of
 from taut.statistics import Statistics
 from taut.technique import Setting, Technique, techniques
 from taut.trace import Trace, trace
@@ -35,6 +35,7 @@ _DOUBT = 1.25  # how far beyond a bound a prediction may lie and the recipe stil
 _WORTH = 0.8  # two recodings are worth trying where they are predicted so much below the better one
 _BISECTIONS = 7
 _OFF = 0.75  # of the way from end to end of the strengths that reshape
+_NEARER = (0.25, 0.1, 0.03)  # if that is too far
 
 _Ground = tuple[nn.Module, Trace, Statistics]
 """What predictions stand on."""
@@ -55,15 +56,19 @@ class Outlook:
         self.statistics = Statistics(self.model, ground.calibration, self.trace, ground.curves)
         self.refused: dict[str, str] = {}  # technique or pair → why it is not searched
         self._rising: dict[str, bool] = {}  # what `rises` found
-        # techniques that reshape and make the file smaller: the network so reshaped, and its bytes
-        self._shrunk: dict[str, tuple[_Ground, float]] = {}
-        self._known: dict[str, Forecast] = {}  # of recipes that reshape, for each costs a reshaping
+        # the network reshaped by each technique that makes the file smaller
+        self._shrunk: dict[str, _Ground] = {}
+        # of recipes that reshape, for each costs a reshaping: what it leaves, and the forecast
+        self._known: dict[str, tuple[Trace, Forecast]] = {}
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Bytes, parameters and MACs. Raises TautError where the recipe cannot be applied."""
         check(recipe, self.trace)
-        known = self._known.get(_untrained(recipe))
-        return known or self._forecast(recipe, self._reshaped(_reshapes(recipe)))
+        if (known := self._known.get(_predicted(recipe))) is None:
+            return self._forecast(recipe, self._reshaped(_reshapes(recipe)))
+        traced, found = known
+        check(_without(recipe, _reshapes(recipe)), traced)
+        return found
 
     @hushed(logging.INFO)  # what a technique would do is not told as if it did
     def _reshaped(self, steps: Sequence[Reshaping]) -> _Ground:
@@ -96,7 +101,7 @@ class Outlook:
         aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
         found = found if aimed is None else replace(found, size_bytes=aimed)
         if model is not self.model:
-            self._known[_untrained(recipe)] = found
+            self._known[_predicted(recipe)] = traced, found
         return found
 
     def excess(self, recipe: Recipe) -> dict[str, float]:
@@ -175,17 +180,12 @@ class Outlook:
             knob = space.knobs.get(reshape)
             if reshape not in self._shrunk or knob is None or knob.scale == "words":
                 continue
-            alone = {"reshape": reshape, "recode": NOTHING, knob.name: knob.at(_OFF)}
-            try:
-                recipe = space.suggest(Fixed(alone), 1)
-                other = self._reshaped(_reshapes(recipe))
-                size = self._forecast(recipe, other).size_bytes
-            except TautError:  # so far off it does not go
-                continue
-            default, its = self._shrunk[reshape]
-            rises = self._rising[reshape] = size <= its
-            usual = knob.sample(getattr(techniques()[reshape](), knob.option))
-            places = [(0.5, usual, default), (_OFF, alone[knob.name], other)]
+            usual = knob.sample(_usual(knob))
+            places = [(0.5, usual, self._at_strength(space, reshape, usual))]
+            with contextlib.suppress(TautError):  # so far off it may not go
+                off = knob.at(_OFF)
+                places.append((_OFF, off, self._at_strength(space, reshape, off)))
+            rises = self.rises(space, reshape)
             left = [mix for mix in space.recode if mix != NOTHING]
             for share, sample, ground in places if rises else reversed(places):
                 given = {
@@ -197,6 +197,21 @@ class Outlook:
                 found += [given[m] for m in good]
                 left = [m for m in left if m not in good]
         return found
+
+    def _at_strength(self, space: Space, reshape: str, sample: Any) -> _Ground:
+        """The network reshaped so; by default it was already."""
+        recipe = self._alone(space, reshape, sample)
+        steps = _reshapes(recipe)
+        default = self._shrunk[reshape]
+        ground = default if steps == [techniques()[reshape]()] else self._reshaped(steps)
+        self._forecast(recipe, ground)  # to be known
+        return ground
+
+    def _alone(self, space: Space, name: str, sample: Any) -> Recipe:
+        """A recipe of one technique and a sample of its strength."""
+        kinds = (name, NOTHING) if name in space.reshape else (NOTHING, name)
+        given = {"reshape": kinds[0], "recode": kinds[1], space.knobs[name].name: sample}
+        return space.suggest(Fixed(given), 1)
 
     def _predicts(self) -> bool:
         return any(b.axis in _PREDICTED for b in self.goal.bounds)
@@ -229,16 +244,19 @@ class Outlook:
         return self._rising[name]
 
     def _rises(self, space: Space, name: str) -> bool:
-        alone = {"reshape": NOTHING, "recode": NOTHING}
-        alone["reshape" if name in space.reshape else "recode"] = name
-        sizes = []
-        for share in (0.0, 1.0):
-            given = {**alone, space.knobs[name].name: space.knobs[name].at(share)}
-            try:
-                sizes.append(self.forecast(space.suggest(Fixed(given), 1)).size_bytes)
-            except TautError:  # its end does not go with its other options
-                return True
-        return sizes[1] <= sizes[0]
+        """By the first two of a few strengths that go: where it reshapes, those of the starts."""
+        knob = space.knobs[name]
+        samples = [knob.at(share) for share in (0.0, 1.0)]
+        if name in space.reshape and knob.scale != "words":
+            samples = [knob.sample(_usual(knob)), *map(knob.at, (_OFF, *_NEARER))]
+        sizes: dict[float, float] = {}
+        for sample in samples:
+            with contextlib.suppress(TautError):  # it may not go with its other options
+                found = self.forecast(self._alone(space, name, sample))
+                sizes.setdefault(knob.share(sample), found.size_bytes)
+            if len(sizes) == 2:
+                return sizes[max(sizes)] <= sizes[min(sizes)]
+        return True
 
     def _works(self, cls: type[Technique]) -> bool:
         recipe = Recipe((cls(),))
@@ -250,7 +268,7 @@ class Outlook:
             self.refused[cls.name] = str(error)
             return False
         if size < self.forecast(Recipe(())).size_bytes:
-            self._shrunk[cls.name] = ground, size
+            self._shrunk[cls.name] = ground
         return True
 
     def _recodings(self, names: Sequence[str], named: dict[str, type[Technique]]) -> list[str]:
@@ -287,9 +305,14 @@ def _reshapes(recipe: Recipe) -> list[Reshaping]:
     return [s for s in recipe.steps if isinstance(s, Reshaping)]
 
 
-def _untrained(recipe: Recipe) -> str:
-    """What a prediction depends on: all but the training."""
-    return str(Recipe(tuple(s for s in recipe.steps if not isinstance(s, Recover))))
+def _usual(knob: Knob) -> Any:
+    """The default of the option."""
+    return getattr(techniques()[knob.step](), knob.option)
+
+
+def _predicted(recipe: Recipe) -> str:
+    """What a prediction depends on."""
+    return str(Recipe(tuple(s for s in recipe.steps if isinstance(s, Technique | Aim))))
 
 
 def _without(recipe: Recipe, steps: Sequence[Reshaping]) -> Recipe:

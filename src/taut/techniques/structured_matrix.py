@@ -96,6 +96,7 @@ class StructuredMatrix(Recoding):
     def predict_bytes(
         self, site: Site, count: int, inner: Callable[[int], float] | None = None
     ) -> float:
+        self.accepts(site, site.shape)
         numbers = math.prod(self._of(site.shape).generators)
         return 1.7 * numbers if inner is None else inner(numbers)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,21 +85,38 @@ class SwapConvs(Reshaping):
         return Cost(size_bytes=2.0 * taken, macs=site.macs * taken / max(site.numel, 1))
 
     def reshape(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
-        planned = self._planned(model, trace)
+        return self._swapped(model, trace, statistics, self.block_steps, self.tolerance)
+
+    def outline(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
+        """By least squares alone; what training makes good is allowed for."""
+        tolerance = self.tolerance * (_UNTRAINED if self.block_steps else 1)
+        return self._swapped(model, trace, statistics, 0, tolerance)
+
+    def _swapped(
+        self, model: nn.Module, trace: Trace, statistics: Statistics, steps: int, tolerance: float
+    ) -> nn.Module:
+        """steps: of training each block. tolerance: what it may miss thereafter."""
+        planned, whys = self._planned(model, trace)
         if planned:
             check_runs(self.name, model, planned, trace)
         original, work = clone(model), clone(model)
         done = list[Swap]()
         for path, swap in planned.items():
-            made = self._fitted(original, work, swap, statistics)
-            if made is not None:
+            made = self._fitted(original, work, swap, statistics, steps, tolerance)
+            if isinstance(made, str):
+                whys[path] = made
+            else:
                 work = swap.replay(work)
                 work.get_submodule(path).load_state_dict(made.state_dict())
                 done.append(swap)
+        for path, why in whys.items():
+            _log.info("swap_convs: %s stays as it is: %s", path or "the layer", why)
         if not done:
+            first = next((f"{p or 'the layer'}: {w}" for p, w in whys.items()), "there is none")
             raise RecipeError(
-                f"swap_convs: no convolution of only={self.only!r} gets smaller by {self}; the log "
-                "says why for each: raise tolerance or multiplier, or choose another kind by `to`"
+                f"swap_convs: no convolution of only={self.only!r} gets smaller by {self} "
+                f"({first}; the log says why for each): raise tolerance or multiplier, or choose "
+                "another kind by `to`"
             )
         for swap in done:
             model = swap.replay(model)
@@ -107,11 +124,6 @@ class SwapConvs(Reshaping):
             state = work.get_submodule(swap.layer).state_dict()
             model.get_submodule(swap.layer).load_state_dict(state)
         return model
-
-    def outline(self, model: nn.Module, trace: Trace, statistics: Statistics) -> nn.Module:
-        """By least squares alone; what training makes good is allowed for."""
-        untrained = replace(self, block_steps=0, tolerance=min(_UNTRAINED * self.tolerance, 10))
-        return (untrained if self.block_steps else self).reshape(model, trace, statistics)
 
     def _width(self, conv: Conv) -> int:
         """The whole number that an edit holds."""
@@ -129,16 +141,19 @@ class SwapConvs(Reshaping):
         window = 3 ** len(conv.kernel) if self.to == "stacked" else conv.kernel[-1]
         return min(mean, conv.inputs * window)  # more filters than that repeat each other
 
-    def _planned(self, model: nn.Module, trace: Trace) -> dict[str, Swap]:
-        """The swaps that make their layers smaller, by path, in the order of execution."""
-        sites, found = self.sites(trace), dict[str, Swap]()
+    def _planned(self, model: nn.Module, trace: Trace) -> tuple[dict[str, Swap], dict[str, str]]:
+        """The swaps that make their layers smaller, by path, in the order of execution.
+
+        And why the other convolutions stay as they are.
+        """
+        sites, found, whys = self.sites(trace), dict[str, Swap](), dict[str, str]()
         sizes = _sizes(model, trace)
         for site in sites:
             path, _, leaf = site.name.rpartition(".")
             layer = owner(model, site.name)[0]
             if leaf != "weight" or type(layer) not in LAYERS:
                 if site.kind == "conv":
-                    _say(path, odd(layer) or f"its {leaf} is no convolution's")
+                    whys[path] = odd(layer) or f"its {leaf} is no convolution's"
                 continue
             why = odd(layer)
             if len(site.names) > 1:
@@ -151,10 +166,10 @@ class SwapConvs(Reshaping):
                 conv, width, layer.bias is not None, sizes.get(path)
             )  # fmt: skip
             if why:
-                _say(path, why)
+                whys[path] = why
             else:
                 found[path] = Swap(layer=path, to=self.to, width=width, between=self.between)
-        return found
+        return found, whys
 
     def _growth(self, conv: Conv, width: int, bias: bool, size: Shape | None) -> str:
         """Why the swap would make nothing smaller; "" where it does."""
@@ -168,15 +183,15 @@ class SwapConvs(Reshaping):
         return f"it would take {work:,} MACs, and takes {before:,}" if work >= before else ""
 
     def _fitted(
-        self, original: nn.Module, work: nn.Module, swap: Swap, statistics: Statistics
-    ) -> Swapped | None:
-        """The layers with their numbers, as far as they were trained; None where they miss."""
+        self, original: nn.Module, work: nn.Module, swap: Swap, statistics: Statistics, steps: int,
+        tolerance: float,
+    ) -> Swapped | str:  # fmt: skip
+        """The layers with their numbers, as far as they were trained; or why there are none."""
         old, path = original.get_submodule(swap.layer), swap.layer
         target = met(lambda: statistics.loss(original), old)[1]
         x = met(lambda: statistics.loss(work), work.get_submodule(path))[0]
         if not len(x) or len(x) != len(target):
-            _say(path, "the calibration data do not reach it, or come in several shapes")
-            return None
+            return "the calibration data do not reach it, or come in several shapes"
         if not bool(x.isfinite().all() and target.isfinite().all()):
             raise RecipeError(
                 f"swap_convs: what layer {path!r} reads or gives is not finite on the calibration "
@@ -188,19 +203,16 @@ class SwapConvs(Reshaping):
         fit(made, row, conv, weight, x, target)
         made = made.to(device_of(old))
         start = end = lost(made, x, target)
-        if self.block_steps:
+        if steps:
             before: dict[str, Any] = {k: v.clone() for k, v in made.state_dict().items()}
-            train(made, x, target, self.block_steps)
+            train(made, x, target, steps)
             end = lost(made, x, target)
             if not end < start:
                 made.load_state_dict(before)
                 end = start
-        if not end <= self.tolerance:
-            _say(
-                path,
-                f"it would miss {end:.1%} of its outputs' variance (tolerance={self.tolerance})",
-            )
-            return None
+        if not end <= tolerance:
+            told = f"(tolerance={self.tolerance})"
+            return f"it would miss {end:.1%} of its outputs' variance {told}"
         _log.info(
             "swap_convs: %s becomes %s: %d numbers of %d, missing %.1f %% of its outputs' variance "
             "(%.1f %% before training)", path or "the layer", swap.to,
@@ -208,10 +220,6 @@ class SwapConvs(Reshaping):
             100 * end, 100 * start,
         )  # fmt: skip
         return made
-
-
-def _say(path: str, why: str) -> None:
-    _log.info("swap_convs: %s stays as it is: %s", path or "the layer", why)
 
 
 @torch.no_grad()
