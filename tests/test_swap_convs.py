@@ -262,7 +262,7 @@ def test_more_filters_for_each_channel_miss_less(net, images):
     ids=str,
 )
 def test_widths_follow_from_the_options(net, images, step, width):
-    planned = step._planned(net, taut.trace(net, images.example()[0]))
+    planned, _ = step._planned(net, taut.trace(net, images.example()))
     if step.width != 4:
         assert planned["2"].width == width
     else:
