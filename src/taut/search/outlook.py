@@ -58,7 +58,7 @@ class Outlook:
         self._rising: dict[str, bool] = {}  # what `rises` found
         # the network reshaped by each technique that makes the file smaller
         self._shrunk: dict[str, _Ground] = {}
-        # of recipes that reshape, for each costs a reshaping: what it leaves, and the forecast
+        # of starts that reshape, for each costs a reshaping: what it leaves, and the forecast
         self._known: dict[str, tuple[Trace, Forecast]] = {}
 
     def forecast(self, recipe: Recipe) -> Forecast:
@@ -99,9 +99,12 @@ class Outlook:
             check(rest, traced)
         found = forecast(rest, traced, model, statistics)
         aimed = next((s.size_bytes for s in recipe.steps if isinstance(s, Aim)), None)
-        found = found if aimed is None else replace(found, size_bytes=aimed)
-        if model is not self.model:
-            self._known[_predicted(recipe)] = traced, found
+        return found if aimed is None else replace(found, size_bytes=aimed)
+
+    def _noted(self, recipe: Recipe, ground: _Ground) -> Forecast:
+        """The prediction for what a search may start by, which is asked for again."""
+        found = self._forecast(recipe, ground)
+        self._known[_predicted(recipe)] = ground[1], found
         return found
 
     def excess(self, recipe: Recipe) -> dict[str, float]:
@@ -204,7 +207,7 @@ class Outlook:
         steps = _reshapes(recipe)
         default = self._shrunk[reshape]
         ground = default if steps == [techniques()[reshape]()] else self._reshaped(steps)
-        self._forecast(recipe, ground)  # to be known
+        self._noted(recipe, ground)
         return ground
 
     def _alone(self, space: Space, name: str, sample: Any) -> Recipe:
@@ -232,7 +235,7 @@ class Outlook:
         """Whether all bounds are predicted to be kept. ground: where the mix reshapes, of that."""
         try:
             recipe = space.suggest(Fixed(given), 1)
-            found = self._forecast(recipe, ground) if ground else self.forecast(recipe)
+            found = self._noted(recipe, ground) if ground else self.forecast(recipe)
         except TautError:  # these strengths do not go together
             return False
         return not any(self._over(found).values())
